@@ -1,0 +1,46 @@
+"""What a block's learning signal is. A rule knows no optimizer, no device and no file."""
+
+from locallearn.rules.backprop import Backprop
+from locallearn.rules.base import (
+    LatentHead,
+    LatentRule,
+    LatentSpec,
+    LocalSignal,
+    ProjectionHead,
+    ProjectionRule,
+    Requirement,
+    Rule,
+    build_rule,
+    list_rules,
+    register_rule,
+    rule_class,
+    unregister_rule,
+)
+from locallearn.rules.bases import BASES, SETTINGS, build_basis
+from locallearn.rules.lls import LLS, LLSM, LLSMxM, LLSMxMReduced
+from locallearn.rules.local_losses import LocalLosses
+
+__all__ = [
+    "BASES",
+    "LLS",
+    "LLSM",
+    "SETTINGS",
+    "Backprop",
+    "LLSMxM",
+    "LLSMxMReduced",
+    "LatentHead",
+    "LatentRule",
+    "LatentSpec",
+    "LocalLosses",
+    "LocalSignal",
+    "ProjectionHead",
+    "ProjectionRule",
+    "Requirement",
+    "Rule",
+    "build_basis",
+    "build_rule",
+    "list_rules",
+    "register_rule",
+    "rule_class",
+    "unregister_rule",
+]

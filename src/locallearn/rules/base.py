@@ -1,0 +1,248 @@
+"""What a rule is, and the two kinds that most rules are.
+
+Shapes: N batch, T latent length, K classes.
+
+A **latent rule** sees a block's output only through its pooled latent p (N, T): it writes a
+loss of (p, y), with autograd on that small tensor, and everything large stays with the engine.
+A **projection rule** is a latent rule whose logits are p projected on a matrix D (K, T): it
+supplies D, and the head's loss and gradients come in closed form (`kernels.local_head`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from locallearn.errors import UserError
+from locallearn.kernels import local_head
+from locallearn.registry import Registry
+
+
+class Requirement(enum.StrEnum):
+    """What a rule needs from outside a block before that block can be updated."""
+
+    LOCAL = "local"  # nothing: the block's own output and the label
+    GLOBAL_ERROR = "global error"  # the error at the network's output
+    TWO_FORWARDS = "two forwards"  # a second forward of a modulated input
+    END_TO_END = "end to end"  # gradients through every later block
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """What a head must fit.
+
+    Arguments:
+        latent_length: T.
+        num_classes: K.
+        basis_length: length of a random basis before it is pooled to T (the authors'
+            ``hidden_dim``); T where None.
+        dtype: of the head's parameters and bases: the block's own, float32 or float64.
+    """
+
+    latent_length: int
+    num_classes: int
+    basis_length: int | None = None
+    dtype: torch.dtype = torch.float32
+
+
+class LocalSignal(NamedTuple):
+    """What a head says of one batch.
+
+    loss: scalar, mean over the batch; logits: (N, K), or None where the rule has none;
+    grad_latents: dL/dp, (N, T).
+    """
+
+    loss: Tensor
+    logits: Tensor | None
+    grad_latents: Tensor
+
+
+class LatentHead(nn.Module):
+    """The part of a latent rule that belongs to one block. Subclasses write :meth:`loss`."""
+
+    def loss(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The local loss as a differentiable function of the latents.
+
+        Arguments:
+            latents: p, (N, T), float32 or float64, requiring grad.
+            labels: (N,), int64.
+
+        Returns:
+            The scalar loss (mean over N), and logits (N, K) or None.
+        """
+        raise NotImplementedError
+
+    def signal(self, latents: Tensor, labels: Tensor) -> LocalSignal:
+        """Loss, logits and dL/dp; the head's own parameters receive their gradients.
+
+        Arguments:
+            latents: p, (N, T), detached from the block.
+            labels: (N,), int64.
+        """
+        with torch.enable_grad():
+            p = latents.detach().requires_grad_()
+            loss, logits = self.loss(p, labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+        assert p.grad is not None, "the local loss does not depend on the latents"
+        return LocalSignal(loss.detach(), None if logits is None else logits.detach(), p.grad)
+
+
+class ProjectionHead(LatentHead):
+    """A head whose logits are q D^T / temperature. Subclasses write :meth:`projection`.
+
+    Arguments:
+        normalize: whether the latent is scaled to length one first.
+        temperature: divides the logits.
+        label_smoothing: in [0, 1).
+    """
+
+    def __init__(self, *, normalize: bool, temperature: float, label_smoothing: float) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.temperature = temperature
+        self.label_smoothing = label_smoothing
+
+    def projection(self) -> Tensor:
+        """D, (K, T), as a differentiable function of the head's parameters (if it has any)."""
+        raise NotImplementedError
+
+    def projection_backward(self, grad_projection: Tensor) -> None:
+        """Add to the parameters' ``.grad`` what dL/dD (K, T) means for them.
+
+        The default asks autograd through :meth:`projection`. A head whose answer is one small
+        product overrides it, and is spared the graph.
+        """
+        with torch.enable_grad():
+            self.projection().backward(grad_projection)  # type: ignore[no-untyped-call]
+
+    def signal(self, latents: Tensor, labels: Tensor) -> LocalSignal:
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        with torch.no_grad():
+            projection = self.projection()
+        result = local_head(
+            latents,
+            projection,
+            labels,
+            normalize=self.normalize,
+            temperature=self.temperature,
+            label_smoothing=self.label_smoothing,
+            needs_grad_projection=trained,
+        )
+        if result.grad_projection is not None:
+            self.projection_backward(result.grad_projection)
+        return LocalSignal(result.loss, result.logits, result.grad_latents)
+
+
+def accumulate_grad(parameter: nn.Parameter, grad: Tensor) -> None:
+    """Add ``grad`` to ``parameter.grad``, as autograd would."""
+    if parameter.grad is None:
+        parameter.grad = grad
+    else:
+        parameter.grad += grad
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A learning rule: immutable settings, and the name by which users ask for it.
+
+    Class attributes:
+        name: in the registry and on the command line.
+        summary: one line: what it is.
+        trains: one line: what is trained besides the network itself.
+        requires: what it needs from outside a block.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    trains: ClassVar[str]
+    requires: ClassVar[Requirement]
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise UserError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
+
+    def options(self) -> dict[str, Any]:
+        """The settings as plain values: ``build_rule(rule.name, **rule.options())`` is equal."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentRule(Rule):
+    """A rule that sees each block through its pooled latents. Subclasses write `build_head`."""
+
+    requires: ClassVar[Requirement] = Requirement.LOCAL
+
+    def build_head(self, spec: LatentSpec) -> LatentHead:
+        """One block's head, on the CPU; its floating tensors in ``spec.dtype``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionRule(LatentRule):
+    """A latent rule that projects: settings that all of the family share.
+
+    Arguments:
+        temperature: divides the logits (the authors' 0.5).
+    """
+
+    temperature: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0.0:
+            raise UserError(f"temperature must be above 0, got {self.temperature}.")
+
+
+_RULES: Registry[type[Rule]] = Registry("rule")
+
+R = TypeVar("R", bound=type[Rule])
+
+
+def register_rule(cls: R) -> R:
+    """Class decorator: make the rule known by its ``name``."""
+    _RULES.add(cls.name, cls)
+    return cls
+
+
+def unregister_rule(name: str) -> None:
+    """Forget a rule (tests, plug-ins that reload)."""
+    _RULES.remove(name)
+
+
+def list_rules(pattern: str = "*") -> list[str]:
+    """Names of the registered rules that match the glob ``pattern``, sorted."""
+    return _RULES.names(pattern)
+
+
+def rule_class(name: str) -> type[Rule]:
+    """The class behind a name. Raises UserError with the valid names and the nearest one."""
+    return _RULES.get(name)
+
+
+def build_rule(name: str, **options: Any) -> Rule:
+    """A rule by name.
+
+    Arguments:
+        name: one of :func:`list_rules`.
+        options: the rule's own settings, e.g. ``basis="square", setting="official"``; what is
+            left out takes the rule's default.
+
+    Raises:
+        UserError: unknown name (lists the valid ones), an option the rule does not have (lists
+            those it has), or a value out of range.
+    """
+    cls = rule_class(name)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for option in options:
+        if option not in known:
+            raise UserError(f"rule {name!r} has no option {option!r}; it has: {', '.join(known)}.")
+    factory: Callable[..., Rule] = cls
+    return factory(**options)
