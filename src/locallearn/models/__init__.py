@@ -1,0 +1,25 @@
+"""Blocks (the unit of locality) and the networks made of them. No loss and no label here."""
+
+from locallearn.models.blocks import Block, ConvBlock, DepthwiseSeparableBlock, LinearBlock
+from locallearn.models.mobilenet import mobilenet_v1
+from locallearn.models.network import BlockNetwork
+from locallearn.models.registry import ModelSpec, build_model, list_models, model_spec
+from locallearn.models.smallconv import smallconv, smallconv_l
+from locallearn.models.vgg import vgg8, vgg11
+
+__all__ = [
+    "Block",
+    "BlockNetwork",
+    "ConvBlock",
+    "DepthwiseSeparableBlock",
+    "LinearBlock",
+    "ModelSpec",
+    "build_model",
+    "list_models",
+    "mobilenet_v1",
+    "model_spec",
+    "smallconv",
+    "smallconv_l",
+    "vgg8",
+    "vgg11",
+]

@@ -1,0 +1,171 @@
+"""Blocks: conv or linear, BatchNorm, LeakyReLU and the max-pool that follows.
+
+Shapes: N batch, C channels, H W height and width, F features, s pooling size, T latent length.
+
+No convolution or linear layer here has a bias: the BatchNorm behind it would subtract it again,
+and its gradient, zero but for rounding, would only make Adam walk at random.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+NEGATIVE_SLOPE = 0.01  # of every LeakyReLU, as in the authors' code
+
+
+class Block(nn.Module):
+    """A unit of locality: it learns from its own activation, and hands on what it makes of it.
+
+    ``forward(x)`` is ``downsample(activation(x))``. A local rule reads the activation, before any
+    max-pooling, pooled to ``latent_size``.
+
+    Attributes:
+        out_channels: channels (or features) of the activation.
+        latent_size: s, pooled height and width of a 4-d activation; T for a 2-d one.
+        latent_length: T.
+        basis_length: length at which a random basis is drawn before it is pooled to T (the
+            authors' ``hidden_dim``); None means T.
+    """
+
+    def __init__(
+        self,
+        out_channels: int,
+        *,
+        latent_size: int,
+        latent_length: int,
+        basis_length: int | None = None,
+        max_pool: int = 1,
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.latent_size = latent_size
+        self.latent_length = latent_length
+        self.basis_length = basis_length
+        self.pool: nn.Module = nn.MaxPool2d(max_pool) if max_pool > 1 else nn.Identity()
+
+    def activation(self, x: Tensor) -> Tensor:
+        """The block's output h before max-pooling, which the local rule reads."""
+        raise NotImplementedError
+
+    def downsample(self, activation: Tensor) -> Tensor:
+        """The next block's input, made of the activation. Has no parameters."""
+        pooled: Tensor = self.pool(activation)
+        return pooled
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(self.activation(x))
+
+
+class ConvBlock(Block):
+    """Conv2d 3x3 (padding 1) -> BatchNorm2d -> LeakyReLU [-> MaxPool2d].
+
+    Arguments:
+        in_channels, out_channels: C of the input and of the output.
+        latent_size: s; the rule sees C*s*s values.
+        stride: of the convolution.
+        max_pool: window and stride of the max-pool that follows; 1 for none.
+        basis_length: see :class:`Block`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        latent_size: int,
+        stride: int = 1,
+        max_pool: int = 1,
+        basis_length: int | None = None,
+    ) -> None:
+        super().__init__(
+            out_channels,
+            latent_size=latent_size,
+            latent_length=out_channels * latent_size**2,
+            basis_length=basis_length,
+            max_pool=max_pool,
+        )
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels)
+        # In place: BatchNorm's backward reads its own input, LeakyReLU's its output's sign.
+        self.nonlinearity = nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True)
+
+    def activation(self, x: Tensor) -> Tensor:
+        h: Tensor = self.nonlinearity(self.norm(self.conv(x)))
+        return h
+
+
+class LinearBlock(Block):
+    """Linear -> BatchNorm1d -> LeakyReLU.
+
+    Arguments:
+        in_features, out_features: F of the input and of the output.
+        latent_size: T; the features are average-pooled to it, or repeated where T > F.
+        basis_length: see :class:`Block`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        latent_size: int,
+        basis_length: int | None = None,
+    ) -> None:
+        super().__init__(
+            out_features,
+            latent_size=latent_size,
+            latent_length=latent_size,
+            basis_length=basis_length,
+        )
+        self.linear = nn.Linear(in_features, out_features, bias=False)
+        self.norm = nn.BatchNorm1d(out_features)
+        self.nonlinearity = nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True)
+
+    def activation(self, x: Tensor) -> Tensor:
+        h: Tensor = self.nonlinearity(self.norm(self.linear(x)))
+        return h
+
+
+class DepthwiseSeparableBlock(Block):
+    """Depthwise 3x3 -> BatchNorm -> LeakyReLU -> pointwise 1x1 -> BatchNorm -> LeakyReLU.
+
+    The two convolutions learn together, from the pointwise output: within a block,
+    backpropagation goes on.
+
+    Arguments:
+        in_channels, out_channels: C of the input and of the output.
+        latent_size: s.
+        stride: of the depthwise convolution (padding 1; the authors pad by the stride, a slip).
+        basis_length: see :class:`Block`.
+
+    Source: Howard et al., "MobileNets", arXiv 1704.04861, figure 3.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        latent_size: int,
+        stride: int = 1,
+        basis_length: int | None = None,
+    ) -> None:
+        super().__init__(
+            out_channels,
+            latent_size=latent_size,
+            latent_length=out_channels * latent_size**2,
+            basis_length=basis_length,
+        )
+        self.depthwise = nn.Conv2d(
+            in_channels, in_channels, 3, stride=stride, padding=1, groups=in_channels, bias=False
+        )
+        self.depthwise_norm = nn.BatchNorm2d(in_channels)
+        self.depthwise_nonlinearity = nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True)
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.nonlinearity = nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True)
+
+    def activation(self, x: Tensor) -> Tensor:
+        x = self.depthwise_nonlinearity(self.depthwise_norm(self.depthwise(x)))
+        h: Tensor = self.nonlinearity(self.norm(self.pointwise(x)))
+        return h

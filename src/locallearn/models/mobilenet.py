@@ -1,0 +1,49 @@
+"""MobileNet-V1.
+
+Source: Howard et al., "MobileNets", arXiv 1704.04861, table 1; local pooling sizes from the LLS
+authors' code (arXiv 2405.15868, table 3).
+"""
+
+from __future__ import annotations
+
+from locallearn.models.blocks import Block, ConvBlock, DepthwiseSeparableBlock
+from locallearn.models.network import BlockNetwork
+from locallearn.models.registry import register_model
+
+_BASIS_LENGTH = 2048
+
+# (out_channels, stride, latent_size) of the depthwise-separable blocks.
+_PLAN = [
+    (64, 1, 4),
+    (128, 2, 4),
+    (128, 1, 4),
+    (256, 2, 2),
+    (256, 1, 2),
+    (512, 2, 2),
+    *[(512, 1, 2)] * 5,
+    (1024, 2, 1),
+    (1024, 1, 1),
+]
+
+
+@register_model(
+    "mobilenet-v1",
+    summary="a conv block and 13 depthwise-separable ones (64 to 1024)",
+    min_image_size=32,
+)
+def mobilenet_v1(*, in_channels: int, num_classes: int, dropout: float = 0.0) -> BlockNetwork:
+    """C32 stride 2 [8], 13 depthwise-separable blocks, global average pool, classifier."""
+    blocks: list[Block] = [
+        ConvBlock(in_channels, 32, latent_size=8, stride=2, basis_length=_BASIS_LENGTH)
+    ]
+    for out_channels, stride, latent_size in _PLAN:
+        blocks.append(
+            DepthwiseSeparableBlock(
+                blocks[-1].out_channels,
+                out_channels,
+                latent_size=latent_size,
+                stride=stride,
+                basis_length=_BASIS_LENGTH,
+            )
+        )
+    return BlockNetwork(blocks, pool_size=1, num_classes=num_classes, dropout=dropout)

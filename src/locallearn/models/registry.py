@@ -1,0 +1,98 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from locallearn.errors import UserError
+from locallearn.models.network import BlockNetwork
+from locallearn.registry import Registry
+
+
+class ModelBuilder(Protocol):
+    def __call__(self, *, in_channels: int, num_classes: int, dropout: float) -> BlockNetwork: ...
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A registered model.
+
+    Arguments:
+        name: in the registry.
+        summary: one line.
+        min_image_size: smallest height and width at which every block's activation still has a
+            position for each of its pooling cells, pixels.
+        build: makes it.
+    """
+
+    name: str
+    summary: str
+    min_image_size: int
+    build: ModelBuilder
+
+
+_MODELS: Registry[ModelSpec] = Registry("model")
+
+
+def register_model(
+    name: str, *, summary: str, min_image_size: int
+) -> Callable[[ModelBuilder], ModelBuilder]:
+    """Decorator: make a builder known by name."""
+
+    def add(build: ModelBuilder) -> ModelBuilder:
+        _MODELS.add(name, ModelSpec(name, summary, min_image_size, build))
+        return build
+
+    return add
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the registered models that match the glob ``pattern``, sorted."""
+    return _MODELS.names(pattern)
+
+
+def model_spec(name: str) -> ModelSpec:
+    """What is registered under a name. Raises UserError with the valid names."""
+    return _MODELS.get(name)
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    image_size: int | tuple[int, int] | None = None,
+    dropout: float = 0.0,
+) -> BlockNetwork:
+    """A network by name, freshly initialised from torch's global generator.
+
+    Arguments:
+        name: one of :func:`list_models`.
+        num_classes: K.
+        in_channels: channels of the images.
+        image_size: height and width (or both) of the images, pixels. The networks take any size
+            from their smallest up and are built the same for all; giving it has it checked.
+        dropout: probability, between blocks.
+
+    Raises:
+        UserError: unknown name (lists the valid ones), a number out of range, or images too
+            small for the architecture.
+    """
+    spec = model_spec(name)
+    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if value < 1:
+            raise UserError(f"{argument} must be at least 1, got {value}.")
+    if not 0.0 <= dropout < 1.0:
+        raise UserError(f"dropout must be in [0, 1), got {dropout}.")
+    if image_size is not None:
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if min(height, width) < spec.min_image_size:
+            fitting = [n for n in list_models() if _MODELS.get(n).min_image_size <= height]
+            advice = f"Models for this size: {', '.join(fitting)}." if fitting else ""
+            raise UserError(
+                f"images of {height}x{width} pixels are too small for {name}, which needs at "
+                f"least {spec.min_image_size}x{spec.min_image_size}. {advice}".rstrip()
+            )
+    return spec.build(in_channels=in_channels, num_classes=num_classes, dropout=dropout)
