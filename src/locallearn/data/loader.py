@@ -1,0 +1,99 @@
+"""Batches of an image source, on the training device, augmented there.
+
+Shapes: B images of a batch, C channels, H W height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from locallearn.data.augment import NO_AUGMENTATION, Augmentation, draw_epoch, erase, normalize
+from locallearn.data.images import ImageSource, InputSpec
+
+
+class ImageLoader:
+    """Epochs of (images, labels) batches.
+
+    The order and the augmentation of an epoch follow from (seed, epoch) alone, so any epoch can
+    be entered at any batch. A last batch of one image is left out where ``shuffle`` is set, since
+    BatchNorm cannot train on it.
+
+    Arguments:
+        source: the images.
+        inputs: crop size and normalisation.
+        batch_size: B.
+        device: where the batches are made.
+        augmentation: what the images undergo; by default the centre crop alone.
+        shuffle: a new order each epoch, or the source's own.
+        seed: of order and augmentation.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        inputs: InputSpec,
+        *,
+        batch_size: int,
+        device: torch.device,
+        augmentation: Augmentation = NO_AUGMENTATION,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.source = source.to(device)
+        self.batch_size = batch_size
+        self.device = device
+        self.shuffle = shuffle
+        self.seed = seed
+        self._size = inputs.image_size
+        self._recipe = augmentation
+        self._mean = torch.tensor(inputs.mean, device=device)
+        self._std = torch.tensor(inputs.std, device=device)
+        self._ends = [*range(batch_size, len(source), batch_size), len(source)]
+        if shuffle and len(source) > 1 and (len(source) - 1) % batch_size == 0:
+            self._ends.pop()
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self._ends)
+
+    @property
+    def num_images(self) -> int:
+        """Images an epoch."""
+        return self._ends[-1]
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch.
+
+        Arguments:
+            epoch: chooses order and augmentation, from 0.
+            start: first batch to yield.
+
+        Yields:
+            images, float32 (B, C, H, W) in channels-last memory; labels, int64 (B,).
+
+        Raises:
+            UserError: an image file that can't be read.
+        """
+        generator = torch.Generator()
+        # SeedSequence mixes the pair well; seed + epoch would give runs each other's epochs.
+        state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
+        generator.manual_seed(int(state) & (2**63 - 1))
+        num = len(self.source)
+        order = torch.randperm(num, generator=generator) if self.shuffle else torch.arange(num)
+        draws = draw_epoch(self._recipe, num, self._size, generator).to(self.device)
+        order = order.to(self.device)
+
+        bounds = [0, *self._ends]
+        parts = [slice(a, b) for a, b in pairwise(bounds)][start:]
+        indices, batch_draws = [order[part] for part in parts], [draws[part] for part in parts]
+        crops = self.source.batches(indices, batch_draws, self._size, self._recipe)
+        for index, draw, batch in zip(indices, batch_draws, crops, strict=True):
+            images = normalize(batch, self._mean, self._std)
+            if self._recipe.erase_probability:
+                erase(images, draw.box)
+            yield images, self.source.labels[index]

@@ -1,0 +1,159 @@
+"""Image files to uint8 arrays, one at a time or all of a data set by worker processes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from locallearn.errors import UserError
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm"}
+)
+_GRAY_MODES = frozenset({"1", "L"})
+
+# Files a reader process hands over at a time, and from how many on processes are worth starting.
+_CHUNK = 256
+_MIN_FILES_FOR_WORKERS = 2000
+_MAX_WORKERS = 8
+_NAMED_IN_ERROR = 5
+
+R = TypeVar("R")
+
+
+class ImageHeader(NamedTuple):
+    """Height and width as shown (EXIF orientation applied), pixels; whether it has one channel."""
+
+    height: int
+    width: int
+    is_gray: bool
+
+
+def read_header(path: Path) -> ImageHeader:
+    """What a file says of itself, without decoding it. Raises OSError where it is no image."""
+    with _open(path) as image:
+        width, height = image.size
+        if image.format in ("JPEG", "TIFF", "MPO") and _is_turned(image):
+            width, height = height, width
+        return ImageHeader(height, width, image.mode in _GRAY_MODES)
+
+
+def read_image(path: Path, num_channels: int, resize: int | None = None) -> np.ndarray:
+    """A file decoded, turned as its EXIF orientation says, and scaled.
+
+    Arguments:
+        path: of any format that Pillow reads.
+        num_channels: 1 (grey) or 3 (RGB).
+        resize: the shorter side is scaled to this, pixels, bilinear with antialiasing.
+
+    Returns:
+        (H, W, C), uint8.
+
+    Raises:
+        OSError, ValueError: unreadable, truncated or foreign content.
+    """
+    mode = "L" if num_channels == 1 else "RGB"
+    with _open(path) as image:
+        if resize is not None:
+            image.draft(mode, (resize, resize))  # lets JPEG decode at a smaller scale
+        picture = ImageOps.exif_transpose(image).convert(mode)
+    if resize is not None:
+        width, height = resized(picture.width, picture.height, resize)
+        if (width, height) != picture.size:
+            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    return np.array(picture).reshape(picture.height, picture.width, num_channels)
+
+
+def resized(width: int, height: int, resize: int) -> tuple[int, int]:
+    """(width, height) with the shorter side scaled to ``resize``, the aspect ratio kept."""
+    if width <= height:
+        return resize, max(resize, int(resize * height / width))
+    return max(resize, int(resize * width / height)), resize
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # A picture so large that Pillow suspects an attack is refused, not only warned of.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", category=UserWarning)
+            image: Image.Image = Image.open(path)
+            return image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, SyntaxError) as error:
+        raise OSError(str(error)) from error
+
+
+def _is_turned(image: Image.Image) -> bool:
+    orientation_tag, first_turned = 0x0112, 5
+    return bool(image.getexif().get(orientation_tag, 1) >= first_turned)
+
+
+def try_read(read: Callable[..., Any], *args: Any) -> Callable[[Path], Any]:
+    """A reader that returns None for a file that can't be read; picklable if ``read`` is."""
+    return functools.partial(_try_read, read, args)
+
+
+def _try_read(read: Callable[..., Any], args: tuple[Any, ...], path: Path) -> Any:
+    try:
+        return read(path, *args)
+    except (OSError, ValueError):
+        return None
+
+
+def num_workers_for(num_files: int) -> int:
+    """How many reader processes pay off for this many files."""
+    return 0 if num_files < _MIN_FILES_FOR_WORKERS else min(_MAX_WORKERS, os.cpu_count() or 1)
+
+
+def read_all(paths: Sequence[Path], read: Callable[[Path], Any]) -> list[Any]:
+    """``read`` of every file, in order, by worker processes where that pays.
+
+    Raises:
+        UserError: names the files for which ``read`` returned None.
+    """
+    loader: DataLoader[list[Any]] = DataLoader(
+        _Chunks(paths, read),
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=num_workers_for(len(paths)),
+    )
+    results = [result for chunk in loader for result in chunk]
+    broken = [path for path, result in zip(paths, results, strict=True) if result is None]
+    if broken:
+        raise UserError(f"unreadable images: {some(broken)}. Remove or replace them.")
+    return results
+
+
+class _Chunks(TorchDataset[list[Any]]):
+    """Chunk number -> what ``read`` makes of that chunk's files."""
+
+    def __init__(self, paths: Sequence[Path], read: Callable[[Path], Any]) -> None:
+        self.paths = paths
+        self.read = read
+
+    def __len__(self) -> int:
+        return -(-len(self.paths) // _CHUNK)
+
+    def __getitem__(self, chunk: int) -> list[Any]:
+        return [self.read(path) for path in self.paths[chunk * _CHUNK : (chunk + 1) * _CHUNK]]
+
+
+def _unchanged(chunk: R) -> R:
+    return chunk
+
+
+def some(things: Iterable[object]) -> str:
+    """The first few of a list, and how many more there are."""
+    names = [str(thing) for thing in things]
+    more = len(names) - _NAMED_IN_ERROR
+    shown = ", ".join(names[:_NAMED_IN_ERROR])
+    return f"{shown} and {more} more" if more > 0 else shown
