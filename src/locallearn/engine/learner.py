@@ -1,0 +1,444 @@
+"""LocalLearner: makes a model learn locally without rewriting its forward.
+
+Shapes: N batch, K classes, T latent length.
+
+During a step the learner stands in for each block's ``forward``: it detaches what comes in, runs
+the block, asks the rule for the learning signal of the block's own output, updates the block at
+once, frees its gradients, and passes the detached output on. So a gradient cannot cross a block's
+boundary, whatever the model's own ``forward`` does between the blocks, and nothing of a block
+outlives it but its output. What lies in no block (the classifier) learns from the cross-entropy
+of the logits. Outside a step the model is an ordinary module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from locallearn.engine.optimizers import OptimizerFactory, optimizer_factory, set_mode
+from locallearn.errors import UserError
+from locallearn.kernels import pool_latents, unpool_latents
+from locallearn.models import Block
+from locallearn.rules import LatentHead, LatentRule, LatentSpec, Requirement, Rule, build_rule
+
+PRECISIONS = ("fp32", "bf16")
+
+# Local heads see a block's output pooled to at most this many values (design of the paper).
+_MAX_LATENT_LENGTH = 2048
+_MAX_LATENT_SIZE = 4
+
+
+@dataclass
+class StepResult:
+    """What a training step yields; nothing here has been brought to the host.
+
+    Attributes:
+        logits: of the whole network, (N, K), detached.
+        loss: cross-entropy of the logits, scalar, detached.
+        block_losses: block name -> its local loss, scalar, in the order of the forward. Empty for
+            a rule without local losses (bp).
+        block_logits: block name -> its local logits, (N, K); only blocks whose rule has logits.
+    """
+
+    logits: Tensor
+    loss: Tensor
+    block_losses: dict[str, Tensor] = field(default_factory=dict)
+    block_logits: dict[str, Tensor] = field(default_factory=dict)
+
+
+class LocalLearner(nn.Module):
+    """A model, a rule and their optimizers: ``step`` trains, calling the learner infers.
+
+    Arguments:
+        model: any module from (N, ...) inputs to (N, K) logits. The package's networks know their
+            blocks; for others name them with ``blocks``.
+        rule: a name (see ``list_rules()``) or a rule made by ``build_rule``.
+        num_classes: K; the model's own ``num_classes`` where None.
+        optimizer: a name, or a function from a list of parameters to an optimizer. Called once
+            for each block and once for what lies in no block.
+        lr: learning rate; the named optimizer's usual one where None.
+        weight_decay: of the named optimizer.
+        blocks: names of the blocks (as in ``model.named_modules()``); by default every
+            :class:`locallearn.models.Block` of the model.
+        example_input: an input batch, from which the output shapes of blocks that are not the
+            package's own are read; needed for those alone.
+        precision: "fp32", or "bf16": forward and backward under autocast, float32 weights,
+            statistics and heads.
+        channels_last: keep 4-d weights and inputs in channels-last memory format, the faster one
+            for convolutions.
+        compile: run each block's forward and backward through ``torch.compile``.
+
+    Raises:
+        UserError: a model without blocks, overlapping or unknown blocks, an unknown rule,
+            optimizer or precision.
+
+    The model is used in place. ``parameters()`` are the model's and the rule's together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: str | Rule = "lls",
+        *,
+        num_classes: int | None = None,
+        optimizer: str | OptimizerFactory = "schedulefree-adamw",
+        lr: float | None = None,
+        weight_decay: float = 0.0,
+        blocks: Sequence[str] | None = None,
+        example_input: Tensor | None = None,
+        precision: str = "fp32",
+        channels_last: bool = True,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise UserError(f"unknown precision {precision!r}. Valid: {', '.join(PRECISIONS)}.")
+        num_classes = num_classes or getattr(model, "num_classes", None)
+        if num_classes is None:
+            raise UserError("num_classes is not given and the model has no such attribute.")
+        self.model = model
+        self.rule = build_rule(rule) if isinstance(rule, str) else rule
+        self.num_classes = num_classes
+        self.precision = precision
+        self.channels_last = channels_last
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
+
+        self.heads = nn.ModuleList()
+        self._units: list[_BlockUnit] = []
+        self._forward: Callable[[Tensor], Tensor] = model.__call__
+        make_optimizer = optimizer_factory(optimizer, lr=lr, weight_decay=weight_decay)
+        if self.rule.requires is Requirement.LOCAL:
+            self._build_units(blocks, example_input, make_optimizer, compile)
+        elif self.rule.requires is Requirement.END_TO_END:
+            if compile:
+                self._forward = torch.compile(model.forward)
+        else:
+            raise UserError(f"rule {self.rule.name!r} needs {self.rule.requires}: not supported.")
+
+        in_blocks = {id(p) for unit in self._units for p in unit.block.parameters()}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in in_blocks]
+        self._rest_optimizer = make_optimizer(rest) if rest else None
+        self.train()
+
+    # -- what it is made of ---------------------------------------------------------------------
+
+    @property
+    def block_names(self) -> list[str]:
+        """Names of the blocks that learn locally, in the order of ``named_modules``."""
+        return [unit.name for unit in self._units]
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """Block name -> its optimizer; "" -> that of what lies in no block."""
+        table = {unit.name: unit.optimizer for unit in self._units if unit.optimizer is not None}
+        if self._rest_optimizer is not None:
+            table[""] = self._rest_optimizer
+        return table
+
+    @property
+    def num_additional_params(self) -> int:
+        """How many numbers the rule trains besides the model's own parameters."""
+        return sum(p.numel() for p in self.heads.parameters() if p.requires_grad)
+
+    def _build_units(
+        self,
+        names: Sequence[str] | None,
+        example_input: Tensor | None,
+        make_optimizer: OptimizerFactory,
+        compile_blocks: bool,
+    ) -> None:
+        assert isinstance(self.rule, LatentRule)
+        blocks = _find_blocks(self.model, names)
+        foreign = {name: block for name, block in blocks.items() if not isinstance(block, Block)}
+        shapes = _output_shapes(self.model, foreign, example_input) if foreign else {}
+        for name, block in blocks.items():
+            parameters = list(block.parameters())
+            reference = parameters[0] if parameters else torch.empty(0)
+            if isinstance(block, Block):
+                latent_size, latent_length = block.latent_size, block.latent_length
+                basis_length = block.basis_length
+            else:
+                latent_size, latent_length = _latent_shape(name, shapes[name])
+                basis_length = None
+            dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
+            spec = LatentSpec(latent_length, self.num_classes, basis_length, dtype)
+            head = self.rule.build_head(spec).to(reference.device)
+            self.heads.append(head)
+            trained = [p for p in [*parameters, *head.parameters()] if p.requires_grad]
+            self._units.append(
+                _BlockUnit(
+                    name=name,
+                    block=block,
+                    head=head,
+                    latent_size=latent_size,
+                    optimizer=make_optimizer(trained) if trained else None,
+                    autocast=self._autocast,
+                    compile_block=compile_blocks,
+                )
+            )
+
+    def _autocast(self, device_type: str) -> contextlib.AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        # Without its cache of cast weights, which an update inside the step would make stale.
+        return torch.autocast(device_type, dtype=torch.bfloat16, cache_enabled=False)
+
+    # -- modes ----------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> LocalLearner:
+        """Training or evaluation mode, of the modules and of schedule-free optimizers alike."""
+        super().train(mode)
+        set_mode(self.optimizers.values(), training=mode)
+        return self
+
+    def recalibrate(self, batches: Iterable[Tensor]) -> None:
+        """Re-estimate BatchNorm's running statistics at the evaluation weights.
+
+        While a schedule-free optimizer trains, the running statistics follow weights that are
+        not those it evaluates at, so they are measured anew before an evaluation: the mean over
+        the given batches. Leaves the learner in evaluation mode.
+
+        Arguments:
+            batches: image batches of the training set, augmented as in training; the authors
+                take 50.
+        """
+        self.eval()
+        with self._autocast(_device_of(self.model).type):
+            torch.optim.swa_utils.update_bn(map(self._arrange, batches), self.model)
+        self.model.eval()
+
+    # -- inference and training -----------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Inference: logits (N, K), float32, in evaluation mode (switched to where need be)."""
+        if self.training:
+            self.eval()
+        with self._autocast(images.device.type):
+            logits: Tensor = self.model(self._arrange(images))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+        """One training step: the forward, and every update.
+
+        Arguments:
+            images: (N, ...), floating, on the model's device.
+            labels: (N,), int64 in 0..K-1, on the model's device.
+
+        Returns:
+            StepResult. Nothing forces the host to wait for the device.
+
+        Raises:
+            UserError: labels of another shape or type than said above.
+        """
+        if labels.ndim != 1 or labels.dtype != torch.int64 or len(labels) != len(images):
+            raise UserError(
+                f"labels must be int64 of shape ({len(images)},), one for each image, "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}."
+            )
+        if not self.training:
+            self.train()
+        images = self._arrange(images)
+        signals: dict[str, tuple[Tensor, Tensor | None]] = {}
+        with (
+            torch.enable_grad(),
+            self._autocast(images.device.type),
+            _standing_in(self._units, labels, signals),
+        ):
+            logits = self._forward(images)
+        with torch.enable_grad():
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.rule.label_smoothing)
+            if self._rest_optimizer is not None:
+                loss.backward()  # type: ignore[no-untyped-call]
+                self._rest_optimizer.step()
+                self._rest_optimizer.zero_grad(set_to_none=True)
+        return StepResult(
+            logits=logits.detach(),
+            loss=loss.detach(),
+            block_losses={name: block_loss for name, (block_loss, _) in signals.items()},
+            block_logits={name: x for name, (_, x) in signals.items() if x is not None},
+        )
+
+    def _arrange(self, images: Tensor) -> Tensor:
+        if self.channels_last and images.ndim == 4:
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
+
+
+class _BlockUnit:
+    """A block with its head and its optimizer: what is updated together."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        block: nn.Module,
+        head: LatentHead,
+        latent_size: int,
+        optimizer: Optimizer | None,
+        autocast: Callable[[str], contextlib.AbstractContextManager[Any]],
+        compile_block: bool,
+    ) -> None:
+        self.name = name
+        self.block = block
+        self.head = head
+        self.latent_size = latent_size
+        self.optimizer = optimizer
+        self._autocast = autocast
+        # Bound here, while the block's own forward is in place.
+        if isinstance(block, Block):
+            self._activation: Callable[..., Any] = block.activation
+            self._downsample: Callable[[Tensor], Tensor] | None = block.downsample
+        else:
+            self._activation = block.forward
+            self._downsample = None
+        if compile_block:
+            self._activation = torch.compile(self._activation)
+
+    def step(self, labels: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor, Tensor | None]:
+        """Forward and update.
+
+        Returns:
+            The detached output, the local loss, and the local logits or None.
+        """
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        activation = self._activation(*args, **kwargs)
+        if not isinstance(activation, Tensor):
+            raise UserError(
+                f"block {self.name!r} returns {type(activation).__name__}; a block's output must "
+                f"be one tensor."
+            )
+        hidden = activation.detach()
+        with torch.autocast(hidden.device.type, enabled=False):
+            latents = pool_latents(hidden, self.latent_size)
+            loss, logits, grad_latents = self.head.signal(latents, labels)
+            if activation.requires_grad:
+                activation.backward(  # type: ignore[no-untyped-call]
+                    unpool_latents(grad_latents, hidden, self.latent_size)
+                )
+            del activation
+            if self.optimizer is not None:
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+        if self._downsample is None:
+            return hidden, loss, logits
+        with torch.no_grad():
+            return self._downsample(hidden), loss, logits
+
+
+@contextlib.contextmanager
+def _standing_in(
+    units: Sequence[_BlockUnit],
+    labels: Tensor,
+    signals: dict[str, tuple[Tensor, Tensor | None]],
+) -> Iterator[None]:
+    """Within: every block's ``forward`` is its unit's step, whose results land in ``signals``."""
+
+    def stand_in(unit: _BlockUnit) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if unit.name in signals:
+                raise UserError(
+                    f"block {unit.name!r} runs twice in one forward; a block is updated as soon "
+                    f"as it has run, so it must run once."
+                )
+            output, loss, logits = unit.step(labels, *args, **kwargs)
+            signals[unit.name] = (loss, logits)
+            return output
+
+        return forward
+
+    # Through __dict__: an instance attribute hides the class's forward, and nn.Module's own
+    # __setattr__ would cost more than it does for us.
+    try:
+        for unit in units:
+            unit.block.__dict__["forward"] = stand_in(unit)
+        yield
+    finally:
+        for unit in units:
+            unit.block.__dict__.pop("forward", None)
+
+
+def _find_blocks(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules())
+    if names is None:
+        blocks: dict[str, nn.Module] = {
+            name: module for name, module in modules.items() if isinstance(module, Block)
+        }
+        if not blocks:
+            raise UserError(
+                f"{type(model).__name__} holds no locallearn block. Name the modules that are to "
+                f"learn locally: blocks=[...], names as in model.named_modules()."
+            )
+        return blocks
+    for name in names:
+        if name not in modules:
+            raise UserError(f"the model has no module {name!r}; see model.named_modules().")
+    ordered = sorted(set(names), key=list(modules).index)
+    for outer in ordered:
+        for inner in ordered:
+            if inner != outer and (outer == "" or inner.startswith(outer + ".")):
+                raise UserError(f"block {inner!r} lies inside block {outer!r}; name one of them.")
+    return {name: modules[name] for name in ordered}
+
+
+def _output_shapes(
+    model: nn.Module, blocks: dict[str, nn.Module], example_input: Tensor | None
+) -> dict[str, torch.Size]:
+    """Block name -> shape of its output, read from one forward in evaluation mode."""
+    if example_input is None:
+        raise UserError(
+            f"blocks {', '.join(map(repr, blocks))} are not locallearn's own; give an "
+            f"example_input, from which the shapes of their outputs are read."
+        )
+    shapes: dict[str, torch.Size] = {}
+
+    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                shapes[name] = output.shape
+
+        return hook
+
+    handles = [block.register_forward_hook(record(name)) for name, block in blocks.items()]
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(example_input)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    for name in blocks:
+        if name not in shapes:
+            raise UserError(f"block {name!r} yields no tensor in the model's forward.")
+    return shapes
+
+
+def _latent_shape(name: str, shape: torch.Size) -> tuple[int, int]:
+    """(latent_size, latent_length) for a block whose output has this shape."""
+    if len(shape) == 2:
+        length = min(shape[1], _MAX_LATENT_LENGTH)
+        return length, length
+    if len(shape) != 4:
+        raise UserError(
+            f"block {name!r} yields shape {tuple(shape)}; (N, C, H, W) or (N, F) is expected."
+        )
+    channels, height, width = shape[1:]
+    size = min(_MAX_LATENT_SIZE, height, width)
+    while size > 1 and channels * size**2 > _MAX_LATENT_LENGTH:
+        size //= 2
+    return size, channels * size**2
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,161 @@
+"""Optimizers and schedules by name. Each block has an optimizer of its own.
+
+A schedule-free optimizer keeps two points for each parameter, y to train at and x to evaluate
+at, and switches between them; `set_mode` does that for any optimizer, and nothing for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from schedulefree import AdamWScheduleFree, SGDScheduleFree
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau
+
+from locallearn.errors import UserError
+from locallearn.registry import Registry
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """A registered optimizer: the learning rate it is usually run at, and how to make it."""
+
+    summary: str
+    default_lr: float
+    is_schedule_free: bool
+    build: Callable[[list[nn.Parameter], float, float], Optimizer]
+
+
+_OPTIMIZERS: Registry[OptimizerSpec] = Registry("optimizer")
+_OPTIMIZERS.add(
+    "schedulefree-adamw",
+    OptimizerSpec(
+        "Schedule-Free AdamW, betas (0.9, 0.999): the paper's",
+        5e-3,
+        True,
+        lambda p, lr, wd: AdamWScheduleFree(p, lr=lr, betas=(0.9, 0.999), weight_decay=wd),
+    ),
+)
+_OPTIMIZERS.add(
+    "schedulefree-sgd",
+    OptimizerSpec(
+        "Schedule-Free SGD, momentum 0.9",
+        1.0,
+        True,
+        lambda p, lr, wd: SGDScheduleFree(p, lr=lr, momentum=0.9, weight_decay=wd),
+    ),
+)
+_OPTIMIZERS.add(
+    "adamw",
+    OptimizerSpec(
+        "AdamW, betas (0.9, 0.999)",
+        1e-3,
+        False,
+        lambda p, lr, wd: torch.optim.AdamW(p, lr=lr, weight_decay=wd),
+    ),
+)
+_OPTIMIZERS.add(
+    "adam",
+    OptimizerSpec(
+        "Adam, betas (0.9, 0.999)",
+        1e-3,
+        False,
+        lambda p, lr, wd: torch.optim.Adam(p, lr=lr, weight_decay=wd),
+    ),
+)
+_OPTIMIZERS.add(
+    "sgd",
+    OptimizerSpec(
+        "SGD, momentum 0.9",
+        0.05,
+        False,
+        lambda p, lr, wd: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=wd),
+    ),
+)
+
+SCHEDULES = ("none", "cosine", "multistep", "plateau")
+# Of the epochs, after which a multi-step schedule multiplies the rate by 0.1.
+_MILESTONES = (0.5, 0.75)
+_PLATEAU_PATIENCE = 5
+
+
+def list_optimizers() -> list[str]:
+    """Names of the optimizers, sorted."""
+    return _OPTIMIZERS.names()
+
+
+def list_schedules() -> list[str]:
+    """Names of the learning-rate schedules."""
+    return list(SCHEDULES)
+
+
+def optimizer_spec(name: str) -> OptimizerSpec:
+    """What is registered under a name. Raises UserError with the valid names."""
+    return _OPTIMIZERS.get(name)
+
+
+def optimizer_factory(
+    optimizer: str | OptimizerFactory, *, lr: float | None, weight_decay: float
+) -> OptimizerFactory:
+    """A function from parameters to an optimizer.
+
+    Arguments:
+        optimizer: a name, or already such a function (then lr and weight decay are its own).
+        lr: learning rate; the optimizer's usual one where None.
+        weight_decay: as the optimizer defines it.
+    """
+    if not isinstance(optimizer, str):
+        return optimizer
+    spec = optimizer_spec(optimizer)
+    rate = spec.default_lr if lr is None else lr
+    if not rate > 0:
+        raise UserError(f"lr must be above 0, got {rate}.")
+    if weight_decay < 0:
+        raise UserError(f"weight_decay must be at least 0, got {weight_decay}.")
+    return lambda parameters: spec.build(parameters, rate, weight_decay)
+
+
+def set_mode(optimizers: Iterable[Optimizer], *, training: bool) -> None:
+    """Put the weights at the point to train at, or at the point to evaluate at.
+
+    Only schedule-free optimizers have two; switching to the mode one is in does nothing.
+    """
+    for optimizer in optimizers:
+        switch = getattr(optimizer, "train" if training else "eval", None)
+        if switch is not None:
+            switch()
+
+
+def check_schedule(schedule: str, optimizer: str) -> None:
+    """Raises UserError for an unknown schedule, or one that the optimizer does without."""
+    if schedule not in SCHEDULES:
+        raise UserError(f"unknown schedule {schedule!r}. Valid: {', '.join(SCHEDULES)}.")
+    if schedule != "none" and optimizer_spec(optimizer).is_schedule_free:
+        plain = ", ".join(n for n in _OPTIMIZERS if not _OPTIMIZERS.get(n).is_schedule_free)
+        raise UserError(
+            f"{optimizer} is schedule-free and takes no schedule, got {schedule!r}. "
+            f"Use one of {plain}, or --schedule none."
+        )
+
+
+def build_schedule(
+    schedule: str, optimizer: Optimizer, num_epochs: int
+) -> LRScheduler | ReduceLROnPlateau | None:
+    """A schedule that steps once an epoch, or None for "none".
+
+    cosine: to zero over the epochs. multistep: times 0.1 after a half and after three quarters
+    of them. plateau: times 0.1 after 5 epochs in which the watched loss did not fall.
+    """
+    if schedule == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=num_epochs)
+    if schedule == "multistep":
+        milestones = sorted({max(1, round(share * num_epochs)) for share in _MILESTONES})
+        return MultiStepLR(optimizer, milestones, gamma=0.1)
+    if schedule == "plateau":
+        return ReduceLROnPlateau(optimizer, factor=0.1, patience=_PLATEAU_PATIENCE)
+    return None
