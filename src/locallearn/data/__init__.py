@@ -7,8 +7,7 @@ from locallearn.data import builtin as _builtin  # noqa: F401 - registers the da
 from locallearn.data.augment import AUGMENTATIONS, Augmentation
 from locallearn.data.dataset import Dataset, DatasetSpec, dataset_spec, list_datasets, load_dataset
 from locallearn.data.images import FileImages, ImageSource, InputSpec, MemoryImages
-from locallearn.data.loader import ImageLoader
-from locallearn.data.reading import read_image
+from locallearn.data.loader import ImageLoader, read_for_prediction
 
 __all__ = [
     "AUGMENTATIONS",
@@ -23,5 +22,5 @@ __all__ = [
     "dataset_spec",
     "list_datasets",
     "load_dataset",
-    "read_image",
+    "read_for_prediction",
 ]

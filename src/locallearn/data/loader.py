@@ -5,15 +5,18 @@ Shapes: B images of a batch, C channels, H W height and width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from locallearn.data.augment import NO_AUGMENTATION, Augmentation, draw_epoch, erase, normalize
-from locallearn.data.images import ImageSource, InputSpec
+from locallearn.data.images import FileImages, ImageSource, InputSpec, decode_all
+from locallearn.data.reading import read_all, read_header, some, try_read
+from locallearn.errors import UserError
 
 
 class ImageLoader:
@@ -53,7 +56,7 @@ class ImageLoader:
         self._recipe = augmentation
         self._mean = torch.tensor(inputs.mean, device=device)
         self._std = torch.tensor(inputs.std, device=device)
-        self._ends = [*range(batch_size, len(source), batch_size), len(source)]
+        self._ends: list[int] = [*range(batch_size, len(source), batch_size), len(source)]
         if shuffle and len(source) > 1 and (len(source) - 1) % batch_size == 0:
             self._ends.pop()
 
@@ -97,3 +100,28 @@ class ImageLoader:
             if self._recipe.erase_probability:
                 erase(images, draw.box)
             yield images, self.source.labels[index]
+
+
+def read_for_prediction(paths: Sequence[Path], inputs: InputSpec) -> Tensor:
+    """Image files of any size, scaled and cropped at the centre as test images are.
+
+    Returns:
+        float32 (B, C, H, W), on the CPU.
+
+    Raises:
+        UserError: names the files that are missing or can't be read.
+    """
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"no such image files: {some(missing)}.")
+    height, width = inputs.image_size
+    images = []
+    for path, header in zip(paths, read_all(paths, try_read(read_header)), strict=True):
+        resize = inputs.resize
+        if resize is None and (header.height, header.width) != inputs.image_size:
+            scale = max(height / header.height, width / header.width)
+            resize = max(1, round(scale * min(header.height, header.width)))
+        source = FileImages([path], torch.zeros(1, dtype=torch.int64), inputs.num_channels, resize)
+        loader = ImageLoader(decode_all(source), inputs, batch_size=1, device=torch.device("cpu"))
+        images += [batch for batch, _ in loader.epoch()]
+    return torch.cat(images)

@@ -1,6 +1,31 @@
 """From a model and a rule to a trained network: the learner, the training loop, run records."""
 
-from locallearn.engine.learner import LocalLearner, StepResult
+from locallearn.engine.config import DEVICES, TrainConfig, choose_device
+from locallearn.engine.evaluation import Evaluation, evaluate
+from locallearn.engine.learner import PRECISIONS, LocalLearner, StepResult
 from locallearn.engine.optimizers import list_optimizers, list_schedules
+from locallearn.engine.run import Row, RunConfig, RunDirectory
+from locallearn.engine.trainer import Interrupted, Observer, Snapshot, Trainer
+from locallearn.engine.weights import Trained, load_trained
 
-__all__ = ["LocalLearner", "StepResult", "list_optimizers", "list_schedules"]
+__all__ = [
+    "DEVICES",
+    "PRECISIONS",
+    "Evaluation",
+    "Interrupted",
+    "LocalLearner",
+    "Observer",
+    "Row",
+    "RunConfig",
+    "RunDirectory",
+    "Snapshot",
+    "StepResult",
+    "TrainConfig",
+    "Trained",
+    "Trainer",
+    "choose_device",
+    "evaluate",
+    "list_optimizers",
+    "list_schedules",
+    "load_trained",
+]

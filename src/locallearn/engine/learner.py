@@ -216,6 +216,37 @@ class LocalLearner(nn.Module):
             torch.optim.swa_utils.update_bn(map(self._arrange, batches), self.model)
         self.model.eval()
 
+    # -- state ----------------------------------------------------------------------------------
+
+    def training_state(self) -> dict[str, Any]:
+        """All that a later :meth:`load_training_state` needs to go on exactly from here.
+
+        Weights stand where they are: at a schedule-free optimizer's training point in training
+        mode, at its evaluation point in evaluation mode. Moving them between the two rounds, so a
+        state is taken without.
+        """
+        return {
+            "training": self.training,
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
+        }
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """The counterpart of :meth:`training_state`, for a learner built alike.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: the state is of another model, rule or optimizer.
+        """
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        optimizers = self.optimizers
+        if set(optimizers) != set(state["optimizers"]):
+            raise ValueError("the state has optimizers for other blocks")
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        super().train(state["training"])  # the modules alone: the optimizers' mode was loaded
+
     # -- inference and training -----------------------------------------------------------------
 
     @torch.no_grad()

@@ -1,0 +1,157 @@
+"""What training looks like: a live bar on a terminal, plain lines elsewhere, or silence."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from locallearn.engine import LocalLearner, Row, RunConfig, RunDirectory, Snapshot
+
+_REFRESH_SECONDS = 0.2
+
+
+class QuietObserver:
+    """Says nothing; the other observers refine it."""
+
+    def on_start(self, config: RunConfig, learner: LocalLearner, run: RunDirectory) -> None:
+        pass
+
+    def on_note(self, text: str) -> None:
+        pass
+
+    def wants_progress(self) -> bool:
+        return False
+
+    def on_progress(self, snapshot: Snapshot) -> None:
+        pass
+
+    def on_evaluation(self, epoch: int) -> None:
+        pass
+
+    def on_epoch(self, row: Row, num_epochs: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class PlainObserver(QuietObserver):
+    """A line for the start, for each note and for each epoch."""
+
+    def on_start(self, config: RunConfig, learner: LocalLearner, run: RunDirectory) -> None:
+        for line in start_lines(config, learner, run.path):
+            self.print(line)
+
+    def on_note(self, text: str) -> None:
+        self.print(f"note: {text}")
+
+    def on_epoch(self, row: Row, num_epochs: int) -> None:
+        self.print(epoch_line(row, num_epochs))
+
+    def print(self, line: str) -> None:
+        print(line, flush=True)
+
+
+class TerminalObserver(PlainObserver):
+    """Plain lines above a live bar for the epoch."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=console,
+            transient=True,
+            refresh_per_second=1 / _REFRESH_SECONDS,
+        )
+        self._task: Any = None
+        self._last = 0.0
+
+    def on_start(self, config: RunConfig, learner: LocalLearner, run: RunDirectory) -> None:
+        super().on_start(config, learner, run)
+        self._progress.start()
+        self._task = self._progress.add_task("starting", total=None, figures="")
+
+    def wants_progress(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < _REFRESH_SECONDS:
+            return False
+        self._last = now
+        return True
+
+    def on_progress(self, snapshot: Snapshot) -> None:
+        done = (snapshot.epoch - 1) * snapshot.num_steps + snapshot.step
+        self._progress.update(
+            self._task,
+            description=f"epoch {snapshot.epoch}/{snapshot.num_epochs}",
+            completed=done,
+            total=snapshot.num_epochs * snapshot.num_steps,
+            figures=f"loss {snapshot.loss:.3f}  acc {snapshot.accuracy:5.2f} %  "
+            f"{snapshot.images_per_second:,.0f} images/s",
+        )
+
+    def on_evaluation(self, epoch: int) -> None:
+        self._progress.update(self._task, description=f"testing after epoch {epoch}")
+
+    def print(self, line: str) -> None:
+        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def make_observer(*, quiet: bool) -> QuietObserver:
+    """The observer that fits where standard output goes."""
+    if quiet:
+        return QuietObserver()
+    console = Console(file=sys.stdout)
+    return TerminalObserver(console) if console.is_terminal else PlainObserver()
+
+
+def start_lines(config: RunConfig, learner: LocalLearner, path: Path) -> list[str]:
+    """What is about to happen."""
+    s, data = config.settings, config.data
+    height, width = config.inputs.image_size
+    held_out = f", {data['num_val']:,} held out" if data["num_val"] else ""
+    basis = f", {s.basis} basis ({s.setting})" if s.basis else ""
+    num_params = sum(p.numel() for p in learner.model.parameters())
+    more = learner.num_additional_params
+    additional = f" + {more:,} of the rule" if more else ""
+    return [
+        f"data     {s.dataset}: {data['num_train']:,} training images{held_out}, "
+        f"{data['num_test']:,} test images, {len(config.class_names)} classes, "
+        f"{config.inputs.num_channels}x{height}x{width}, augmentation: {data['augmentation']}",
+        f"model    {s.model}: {num_params:,} parameters{additional}",
+        f"rule     {s.rule}{basis}",
+        f"training {s.epochs} epochs, batch {s.batch_size}, {s.optimizer}, lr {s.lr:g}, "
+        f"{s.precision} on {s.device} ({config.environment['device_name']})",
+        f"run      {path}",
+    ]
+
+
+def epoch_line(row: Row, num_epochs: int) -> str:
+    """One epoch's figures, each block's own accuracy among them."""
+    width = len(str(num_epochs))
+    line = (
+        f"epoch {row['epoch']:{width}}/{num_epochs}  loss {row['train_loss']:.4f}  "
+        f"train {row['train_acc']:6.2f} %  test {row['test_acc']:6.2f} %"
+    )
+    if "val_acc" in row:
+        line += f"  val {row['val_acc']:6.2f} %"
+    line += f"  {row['images_per_second']:,.0f} images/s"
+    blocks = {
+        name.removesuffix("_acc"): value
+        for name, value in row.items()
+        if name.endswith("_acc") and name not in ("train_acc", "test_acc", "val_acc")
+    }
+    if blocks:
+        line += "  blocks " + " ".join(f"{value:.1f}" for value in blocks.values())
+    return line

@@ -1,0 +1,65 @@
+"""`locallearn list`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from locallearn.errors import unknown_name
+
+_KINDS = ("models", "rules", "datasets")
+
+
+def list_names(
+    kind: Annotated[
+        str | None,
+        typer.Argument(help="models, rules or datasets; all of them by default.", metavar="KIND"),
+    ] = None,
+) -> None:
+    """The models, rules and datasets there are."""
+    if kind is not None and kind not in _KINDS:
+        raise unknown_name("kind", kind, _KINDS)
+    console = Console(highlight=False)
+    for each in (kind,) if kind else _KINDS:
+        console.print({"models": _models, "rules": _rules, "datasets": _datasets}[each]())
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, overflow="fold", no_wrap=heading == "name")
+    return table
+
+
+def _models() -> Table:
+    from locallearn.models import build_model, list_models, model_spec
+
+    table = _table("models", "name", "what it is", "parameters (10 classes)", "smallest image")
+    for name in list_models():
+        spec = model_spec(name)
+        num_params = sum(p.numel() for p in build_model(name).parameters())
+        side = spec.min_image_size
+        table.add_row(name, spec.summary, f"{num_params:,}", f"{side}x{side}")
+    return table
+
+
+def _rules() -> Table:
+    from locallearn.rules import list_rules, rule_class
+
+    table = _table("rules", "name", "what it is", "trains besides the network", "needs")
+    for name in list_rules():
+        rule = rule_class(name)
+        table.add_row(name, rule.summary, rule.trains, rule.requires.value)
+    return table
+
+
+def _datasets() -> Table:
+    from locallearn.data import dataset_spec, list_datasets
+
+    table = _table("datasets", "name", "what it is")
+    for name in list_datasets():
+        table.add_row(name, dataset_spec(name).summary)
+    return table

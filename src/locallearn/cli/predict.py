@@ -1,0 +1,70 @@
+"""`locallearn predict`."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from locallearn.errors import UserError
+
+
+def predict(
+    run: Annotated[
+        str,
+        typer.Argument(help="Run directory, checkpoint.pt or model.safetensors.", metavar="RUN"),
+    ],
+    images: Annotated[list[str], typer.Argument(help="Image files.", metavar="IMAGE...")],
+    top: Annotated[int, typer.Option(help="How many classes to show for each image.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Class and probability for image files."""
+    import torch
+
+    from locallearn.data import read_for_prediction
+    from locallearn.engine import choose_device, load_trained
+
+    if top < 1:
+        raise UserError(f"--top must be at least 1, got {top}.")
+    place = torch.device(choose_device(device))
+    trained = load_trained(Path(run))
+    if trained.needs_recalibration:
+        raise UserError(
+            f"{run} was stopped in the middle of an epoch and its BatchNorm statistics are not "
+            f"those of its weights. Finish it with `locallearn train --resume {run}`."
+        )
+    names = trained.config.class_names
+    batch = read_for_prediction([Path(image) for image in images], trained.config.inputs)
+    learner = trained.learner.to(place)
+    probabilities = learner(batch.to(place)).softmax(dim=1).cpu()
+    values, classes = probabilities.topk(min(top, len(names)), dim=1)
+
+    answers = [
+        {
+            "image": image,
+            "predictions": [
+                {"class": names[c], "probability": p}
+                for c, p in zip(row_classes, row_values, strict=True)
+            ],
+        }
+        for image, row_classes, row_values in zip(
+            images, classes.tolist(), values.tolist(), strict=True
+        )
+    ]
+    if json:
+        print(json_module.dumps(answers, indent=2))
+        return
+    table = Table()
+    for heading in ("image", "class", "probability"):
+        table.add_column(heading, overflow="fold")
+    for image, row_classes, row_values in zip(
+        images, classes.tolist(), values.tolist(), strict=True
+    ):
+        for rank, (c, p) in enumerate(zip(row_classes, row_values, strict=True)):
+            table.add_row("" if rank else image, names[c], f"{100 * p:.2f} %")
+    Console(highlight=False).print(table)

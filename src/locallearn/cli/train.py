@@ -1,0 +1,230 @@
+"""`locallearn train`."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from locallearn.cli.console import QuietObserver, make_observer
+from locallearn.errors import UserError
+
+if TYPE_CHECKING:
+    from locallearn.engine import Trainer
+
+_NOT_SETTINGS = ("out", "resume", "quiet")
+
+
+def _option(help: str, panel: str, **more: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=panel, show_default=False, **more)
+
+
+_DATA, _MODEL, _RULE, _OPTIM = "Data", "Model", "Rule", "Training"
+_COMPUTE, _RUN = "Computation", "Run"
+
+
+def train(
+    ctx: typer.Context,
+    dataset: Annotated[
+        str, _option("Dataset; `locallearn list datasets`. Default: digits.", _DATA)
+    ] = "digits",
+    data_dir: Annotated[
+        str | None,
+        _option("Where the data is, or is downloaded to. Default: ~/.cache/locallearn.", _DATA),
+    ] = None,
+    augment: Annotated[
+        str | None,
+        _option("none, basic or standard. Default: the paper's for model and dataset.", _DATA),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        _option("folder only: height and width to train at, pixels. Default: the files'.", _DATA),
+    ] = None,
+    val_split: Annotated[
+        float, _option("Share of the training set held out for validation. Default: 0.", _DATA)
+    ] = 0.0,
+    limit_train: Annotated[
+        int | None, _option("Train on so many images at most. Default: all.", _DATA)
+    ] = None,
+    limit_test: Annotated[
+        int | None, _option("Test on so many images at most. Default: all.", _DATA)
+    ] = None,
+    model: Annotated[
+        str, _option("Network; `locallearn list models`. Default: smallconv.", _MODEL)
+    ] = "smallconv",
+    dropout: Annotated[
+        float, _option("Dropout between blocks, probability. Default: 0.", _MODEL)
+    ] = 0.0,
+    rule: Annotated[
+        str, _option("Learning rule; `locallearn list rules`. Default: lls.", _RULE)
+    ] = "lls",
+    basis: Annotated[
+        str | None, _option("cosine, square or random. Default: square.", _RULE)
+    ] = None,
+    setting: Annotated[
+        str | None,
+        _option("official (the authors' code) or paper (its text). Default: official.", _RULE),
+    ] = None,
+    num_waves: Annotated[
+        int | None, _option("lls-mxm-reduced: rows of the basis. Default: 20.", _RULE)
+    ] = None,
+    temperature: Annotated[
+        float | None, _option("Divides the local logits. Default: 0.5.", _RULE)
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, _option("In [0, 1), of every cross-entropy. Default: 0.", _RULE)
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        _option(
+            "Default: the paper's (smallconv 100, vgg8 300, mobilenet-v1 500); digits 40.", _OPTIM
+        ),
+    ] = None,
+    batch_size: Annotated[int, _option("Images a step. Default: 128.", _OPTIM)] = 128,
+    test_batch_size: Annotated[
+        int, _option("Images at a time in testing. Default: 128.", _OPTIM)
+    ] = 128,
+    optimizer: Annotated[
+        str,
+        _option(
+            "schedulefree-adamw, schedulefree-sgd, adamw, adam or sgd. "
+            "Default: schedulefree-adamw.",
+            _OPTIM,
+        ),
+    ] = "schedulefree-adamw",
+    lr: Annotated[
+        float | None,
+        _option(
+            "Learning rate. Default: the optimizer's (0.005 schedulefree-adamw, 1 "
+            "schedulefree-sgd, 0.001 adamw and adam, 0.05 sgd).",
+            _OPTIM,
+        ),
+    ] = None,
+    weight_decay: Annotated[float, _option("Default: 0.", _OPTIM)] = 0.0,
+    schedule: Annotated[
+        str,
+        _option("none, cosine, multistep or plateau, by epochs. Default: none.", _OPTIM),
+    ] = "none",
+    seed: Annotated[int, _option("Of weights, order and augmentation. Default: 0.", _OPTIM)] = 0,
+    precision: Annotated[
+        str, _option("fp32, or bf16 (autocast, fp32 weights). Default: fp32.", _COMPUTE)
+    ] = "fp32",
+    device: Annotated[str, _option("auto, cpu, cuda or mps. Default: auto.", _COMPUTE)] = "auto",
+    channels_last: Annotated[
+        bool,
+        _option(
+            "Memory format of images and weights. Default: channels-last, the faster one.",
+            _COMPUTE,
+        ),
+    ] = True,
+    compile: Annotated[
+        bool,
+        _option(
+            "Whether to run blocks through torch.compile; needs a C++ compiler on the CPU. "
+            "Default: no.",
+            _COMPUTE,
+        ),
+    ] = False,
+    num_threads: Annotated[
+        int | None, _option("CPU threads. Default: one a core.", _COMPUTE)
+    ] = None,
+    out: Annotated[
+        str | None,
+        _option("Run directory to make. Default: runs/TIME-DATASET-MODEL-RULE.", _RUN),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        _option("Run directory to continue, exactly; it needs no other flag.", _RUN),
+    ] = None,
+    quiet: Annotated[bool, _option("Print only the result.", _RUN)] = False,
+) -> int:
+    """Train a network, by default smallconv with LLS on scikit-learn's digits."""
+    given = {
+        name: value
+        for name, value in ctx.params.items()
+        if name not in _NOT_SETTINGS and _is_from_command_line(ctx, name)
+    }
+    from locallearn.engine import Interrupted, RunDirectory, TrainConfig, Trainer
+
+    observer = make_observer(quiet=quiet)
+    if resume is not None:
+        if out is not None:
+            raise UserError("--resume and --out exclude each other: a resumed run stays in place.")
+        run = RunDirectory(Path(resume))
+        run.read_config()
+        if run.is_finished:
+            test_acc = run.read_summary()["test_acc"]
+            print(f"{resume} is finished: test accuracy {test_acc:.2f} %. Nothing to do.")
+            return 0
+        trainer = Trainer.resume(run.path, observer, given)
+    else:
+        config = TrainConfig(**given)
+        path = Path(out) if out is not None else _free_path(config)
+        trainer = Trainer.start(config, path, observer)
+
+    try:
+        with _stopping(trainer, observer):
+            summary = trainer.fit()
+    except Interrupted as interruption:
+        print(
+            f"Stopped after step {trainer.step} of epoch {trainer.epoch + 1}; all is saved. "
+            f"Continue with: locallearn train --resume {trainer.run.path}",
+            file=sys.stderr,
+        )
+        return 128 + interruption.signal_number
+    _print_summary(summary, trainer)
+    return 0
+
+
+def _is_from_command_line(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _free_path(config: Any) -> Path:
+    """runs/TIME-DATASET-MODEL-RULE, numbered where that is taken."""
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}-{config.rule}"
+    path = Path("runs") / stem
+    number = 2
+    while path.exists():
+        path = Path("runs") / f"{stem}-{number}"
+        number += 1
+    return path
+
+
+@contextlib.contextmanager
+def _stopping(trainer: Trainer, observer: QuietObserver) -> Iterator[None]:
+    """Within: SIGINT and SIGTERM end training after the step; a second one ends it at once."""
+
+    def request(number: int, frame: FrameType | None) -> None:
+        trainer.stop_signal = number
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {
+        int(each): signal.signal(each, request) for each in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        observer.close()
+
+
+def _print_summary(summary: dict[str, Any], trainer: Trainer) -> None:
+    best = summary["best_test_acc"]
+    print(
+        f"test accuracy {summary['test_acc']:.2f} % after {summary['epochs']} epochs "
+        f"(best on the way {best:.2f} %), "
+        f"{summary['images_per_second']:,.0f} images/s, "
+        f"{summary['step_time_ms_median']:.1f} ms a step, "
+        f"{summary['train_seconds']:.0f} s of training"
+    )
+    print(f"written to {trainer.run.path}")

@@ -1,0 +1,178 @@
+"""Every setting of a training run, and the paper's value for each that is not given."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from locallearn.data import AUGMENTATIONS, dataset_spec
+from locallearn.engine.environment import require_compiler
+from locallearn.engine.learner import PRECISIONS
+from locallearn.engine.optimizers import check_schedule, optimizer_spec
+from locallearn.errors import UserError, unknown_name
+from locallearn.models import model_spec
+from locallearn.rules import Rule, build_rule
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+# Options of rules that have flags of their own on the command line.
+_RULE_OPTIONS = ("basis", "setting", "temperature", "label_smoothing", "num_waves")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a run; None means "the paper's", and :meth:`resolve` fills it in.
+
+    ``data_dir`` is text, so that the whole is plain JSON. Meanings and units are those of the
+    command line's help.
+    """
+
+    dataset: str = "digits"
+    data_dir: str | None = None
+    model: str = "smallconv"
+    rule: str = "lls"
+    basis: str | None = None
+    setting: str | None = None
+    temperature: float | None = None
+    label_smoothing: float | None = None
+    num_waves: int | None = None
+    epochs: int | None = None
+    batch_size: int = 128
+    test_batch_size: int = 128
+    lr: float | None = None
+    optimizer: str = "schedulefree-adamw"
+    weight_decay: float = 0.0
+    schedule: str = "none"
+    augment: str | None = None
+    image_size: int | None = None
+    dropout: float = 0.0
+    val_split: float = 0.0
+    precision: str = "fp32"
+    device: str = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    num_threads: int | None = None
+    seed: int = 0
+    limit_train: int | None = None
+    limit_test: int | None = None
+
+    def resolve(self) -> TrainConfig:
+        """The same settings checked, with every None that has a default filled in.
+
+        Raises:
+            UserError: the first setting that is wrong.
+        """
+        model_spec(self.model)
+        dataset_spec(self.dataset)
+        rule = self.build_rule()
+        spec = optimizer_spec(self.optimizer)
+        check_schedule(self.schedule, self.optimizer)
+        if self.augment is not None and self.augment not in AUGMENTATIONS:
+            raise unknown_name("augmentation", self.augment, AUGMENTATIONS)
+        if self.precision not in PRECISIONS:
+            raise unknown_name("precision", self.precision, PRECISIONS)
+        for name, low in (("epochs", 1), ("batch_size", 2), ("test_batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                why = " (BatchNorm needs two images)" if name == "batch_size" and value == 1 else ""
+                raise UserError(f"{flag(name)} must be at least {low}{why}, got {value}.")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise UserError(f"--num-threads must be at least 1, got {self.num_threads}.")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be between 0 and 2**63 - 1, got {self.seed}.")
+        if self.lr is not None and not self.lr > 0:
+            raise UserError(f"--lr must be above 0, got {self.lr}.")
+        if self.weight_decay < 0:
+            raise UserError(f"--weight-decay must be at least 0, got {self.weight_decay}.")
+        device = choose_device(self.device)
+        if self.compile:
+            require_compiler(device)
+        options = rule.options()
+        filled: dict[str, Any] = {name: options.get(name) for name in _RULE_OPTIONS}
+        return dataclasses.replace(
+            self,
+            **filled,
+            epochs=self.epochs or paper_epochs(self.model, self.dataset),
+            lr=spec.default_lr if self.lr is None else self.lr,
+            augment=self.augment or paper_augmentation(self.model, self.dataset),
+            device=device,
+            num_threads=self.num_threads or torch.get_num_threads(),
+        )
+
+    def build_rule(self) -> Rule:
+        """The rule with those of its options that are given."""
+        given = {name: getattr(self, name) for name in _RULE_OPTIONS}
+        return build_rule(self.rule, **{k: v for k, v in given.items() if v is not None})
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, settings: dict[str, Any]) -> TrainConfig:
+        """Raises UserError for settings of another version of the program."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise UserError(
+                f"the run has settings this version does not know: {', '.join(unknown)}. "
+                f"Use the version that made it."
+            )
+        return cls(**settings)
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def paper_epochs(model: str, dataset: str) -> int:
+    """How long the paper trains (section 4 and its appendix); digits, not in it, need less."""
+    if dataset == "digits":
+        return 40
+    if model == "mobilenet-v1":
+        return 500
+    if model.startswith("vgg") and dataset not in ("mnist", "fashion-mnist"):
+        return 300
+    return 100
+
+
+def paper_augmentation(model: str, dataset: str) -> str:
+    """The recipe that the paper trains this network with; none for digits, which are not in it."""
+    if dataset == "digits":
+        return "none"
+    return "basic" if model.startswith("smallconv") else "standard"
+
+
+def choose_device(device: str) -> str:
+    """ "auto" made definite. Raises UserError for a device that is not there."""
+    has_mps = torch.backends.mps.is_available()
+    if device not in DEVICES:
+        raise unknown_name("device", device, DEVICES)
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    missing = (device == "cuda" and not torch.cuda.is_available()) or (
+        device == "mps" and not has_mps
+    )
+    if missing:
+        raise UserError(
+            f"--device {device}: torch {torch.__version__} sees no such device on this machine. "
+            f"Use --device auto or cpu; `locallearn doctor` tells what is there."
+        )
+    return device
+
+
+def differing_settings(saved: TrainConfig, given: dict[str, Any]) -> list[str]:
+    """ "--lr (run: 0.005, given: 0.1)" for each given setting that is not the run's own."""
+    ours = saved.to_json()
+    differing = []
+    for name, value in given.items():
+        if name not in ours:
+            close = difflib.get_close_matches(name, ours, n=1)
+            raise AssertionError(f"no setting {name!r}; did you mean {close}?")
+        if value != ours[name]:
+            differing.append(f"{flag(name)} (run: {ours[name]}, given: {value})")
+    return differing

@@ -1,0 +1,104 @@
+"""What a run's record says of where it ran."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from locallearn._version import __version__
+from locallearn.errors import UserError
+
+_PACKAGES = ("torch", "torchvision", "triton", "schedulefree", "numpy", "scikit-learn", "pillow")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Package -> installed version, or None."""
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def device_name(device: str) -> str:
+    """What the device calls itself."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    if device == "cpu":
+        try:
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+        except OSError:
+            pass
+        return platform.processor() or platform.machine()
+    return device
+
+
+def cxx_compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on the CPU, or None."""
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+def require_compiler(device: str) -> None:
+    """Raises UserError where torch.compile can't work on the device for want of a tool."""
+    if device == "cpu" and cxx_compiler() is None:
+        raise UserError(
+            "--compile on the CPU needs a C++ compiler (g++ or clang++), and none is on the PATH. "
+            "Install one, or leave out --compile."
+        )
+    if device == "cuda" and package_versions()["triton"] is None:
+        raise UserError(
+            "--compile on CUDA needs the package triton, which is not installed. "
+            "Install it, or leave out --compile."
+        )
+
+
+def git_commit() -> str | None:
+    """The commit of locallearn's own source tree ("+changes" if it differs), or None."""
+    package = Path(__file__).resolve().parents[1]
+    if package.parent.name != "src":  # installed as a copy, so git here would be someone else's
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(package), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("+changes" if git("status", "--porcelain", "--", str(package)) else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def describe_environment(device: str) -> dict[str, Any]:
+    """Versions, device, commit and time, as plain values."""
+    return {
+        "locallearn": __version__,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "platform": platform.platform(),
+        "device": device,
+        "device_name": device_name(device),
+        "num_cpus": os.cpu_count(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

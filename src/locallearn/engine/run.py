@@ -1,0 +1,187 @@
+"""A run directory: what it holds, and how it is made, opened and written.
+
+    config.json        every setting, the data's description, versions, device, commit
+    checkpoint.pt      all that training needs to go on, exactly; written each epoch
+    metrics.csv        a row an epoch
+    tensorboard/       the same as TensorBoard events
+    model.safetensors  the trained weights, at the end
+    summary.json       the results, at the very end: its presence means "finished"
+
+The checkpoint holds the rows so far, and metrics.csv is written anew from them each epoch: after
+a kill at any moment the two agree as soon as the run goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from locallearn.data import InputSpec
+from locallearn.engine.config import TrainConfig
+from locallearn.engine.files import write_atomically, write_json
+from locallearn.errors import UserError
+
+FORMAT = "locallearn-run"
+FORMAT_VERSION = 1
+
+Row = dict[str, float | int]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What config.json holds.
+
+    Arguments:
+        settings: resolved.
+        inputs: what the network sees of an image.
+        class_names: in label order.
+        data: further facts of the data: sizes, fingerprint, augmentation.
+        environment: versions, device, commit, when.
+    """
+
+    settings: TrainConfig
+    inputs: InputSpec
+    class_names: tuple[str, ...]
+    data: dict[str, Any]
+    environment: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "settings": self.settings.to_json(),
+            "inputs": asdict(self.inputs),
+            "class_names": list(self.class_names),
+            "data": self.data,
+            "environment": self.environment,
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, origin: Path) -> RunConfig:
+        """Raises UserError where ``value`` is not what :meth:`to_json` makes."""
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise UserError(f"{origin} was not written by locallearn.")
+        if value.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{origin} has format version {value.get('format_version')}; this locallearn "
+                f"reads version {FORMAT_VERSION}. Use the version that made it."
+            )
+        try:
+            inputs = value["inputs"]
+            return cls(
+                settings=TrainConfig.from_json(value["settings"]),
+                inputs=InputSpec(
+                    image_size=(inputs["image_size"][0], inputs["image_size"][1]),
+                    num_channels=inputs["num_channels"],
+                    resize=inputs["resize"],
+                    mean=tuple(inputs["mean"]),
+                    std=tuple(inputs["std"]),
+                ),
+                class_names=tuple(value["class_names"]),
+                data=value["data"],
+                environment=value["environment"],
+            )
+        except (KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{origin} is incomplete or was edited ({error!r}).") from error
+
+
+class RunDirectory:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_path = path / "config.json"
+        self.checkpoint_path = path / "checkpoint.pt"
+        self.metrics_path = path / "metrics.csv"
+        self.tensorboard_path = path / "tensorboard"
+        self.model_path = path / "model.safetensors"
+        self.summary_path = path / "summary.json"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.summary_path.exists()
+
+    def check_free(self) -> None:
+        """Raises UserError where a new run can't be put here."""
+        if self.config_path.exists():
+            raise UserError(
+                f"{self.path} already holds a run. Choose another --out, or continue it with "
+                f"`locallearn train --resume {self.path}`."
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path} is a file; give a directory.")
+
+    def create(self, config: RunConfig) -> None:
+        """Make the directory and write config.json. Raises OSError as the file system says."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.config_path, config.to_json())
+
+    def read_config(self) -> RunConfig:
+        """Raises UserError where this is no run directory."""
+        if not self.path.is_dir():
+            raise UserError(f"{self.path} is no directory; expected a run directory.")
+        if not self.config_path.is_file():
+            raise UserError(f"{self.path} is no run directory: it holds no config.json.")
+        try:
+            value = json.loads(self.config_path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.config_path} is no valid JSON ({error}).") from error
+        return RunConfig.from_json(value, self.config_path)
+
+    def read_summary(self) -> dict[str, Any]:
+        """The results of a finished run."""
+        summary: dict[str, Any] = json.loads(self.summary_path.read_text(encoding="utf-8"))
+        return summary
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """summary.json; the last file of a run."""
+        write_json(self.summary_path, summary)
+
+    def write_metrics(self, rows: Sequence[Row]) -> None:
+        """metrics.csv with exactly these rows."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.metrics_path, text.getvalue().encode())
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint atomically. Raises OSError as the file system says.
+
+    Serialised to memory first: torch.save into a file turns a full disk into a RuntimeError.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **state}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, tensors and plain values alone; nothing is ever unpickled.
+
+    Raises:
+        UserError: truncated, foreign, or of another version.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        whole = zipfile.is_zipfile(path)
+        why = "it was not written by locallearn" if whole else "it is truncated or no checkpoint"
+        raise UserError(f"{path} can't be read: {why}.") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} can't be read: it was not written by locallearn.")
+    if state.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {state.get('format_version')}; this locallearn reads "
+            f"version {FORMAT_VERSION}. Use the version that made it."
+        )
+    return state

@@ -1,0 +1,534 @@
+"""The training loop: epochs of steps, evaluation, checkpoints, and an exact resume.
+
+It prints nothing; an observer is told what happens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from locallearn.data import Dataset, ImageLoader, load_dataset
+from locallearn.engine.config import TrainConfig, differing_settings
+from locallearn.engine.environment import describe_environment
+from locallearn.engine.evaluation import evaluate
+from locallearn.engine.learner import LocalLearner, StepResult
+from locallearn.engine.optimizers import build_schedule, optimizer_spec
+from locallearn.engine.run import (
+    Row,
+    RunConfig,
+    RunDirectory,
+    load_checkpoint,
+    save_checkpoint,
+)
+from locallearn.engine.weights import save_weights
+from locallearn.errors import UserError
+from locallearn.models import build_model
+
+# Batches that BatchNorm's running statistics are re-estimated on before an evaluation, where the
+# optimizer evaluates at other weights than it trains at (as the authors do).
+RECALIBRATION_BATCHES = 50
+
+# Steps between looks at the losses for NaN and infinity where looking makes the host wait for
+# the device. On the CPU every step is looked at.
+_CHECK_INTERVAL = 50
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where an epoch is: what a progress bar shows.
+
+    epoch: from 1; step: steps done of num_steps; loss and accuracy (percent): means over the
+    epoch so far, of the network's output; images_per_second: over the epoch so far.
+    """
+
+    epoch: int
+    num_epochs: int
+    step: int
+    num_steps: int
+    loss: float
+    accuracy: float
+    images_per_second: float
+
+
+class Observer(Protocol):
+    """Told what the loop does. All methods return at once."""
+
+    def on_start(self, config: RunConfig, learner: LocalLearner, run: RunDirectory) -> None: ...
+
+    def on_note(self, text: str) -> None: ...
+
+    def wants_progress(self) -> bool:
+        """Asked after every step; a snapshot makes the host wait for the device."""
+        ...
+
+    def on_progress(self, snapshot: Snapshot) -> None: ...
+
+    def on_evaluation(self, epoch: int) -> None: ...
+
+    def on_epoch(self, row: Row, num_epochs: int) -> None: ...
+
+
+class Interrupted(Exception):  # noqa: N818 - no error: the user asked for it
+    """Training stopped on request; all is saved and can be resumed.
+
+    Arguments:
+        signal_number: what asked for it.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+class _EpochSums:
+    """What an epoch adds up, on the device: loss and correct answers of the output and each block.
+
+    Column 0 is the network's output, column i the i-th block.
+    """
+
+    def __init__(self, num_columns: int, device: torch.device) -> None:
+        # MPS has no float64; there the sums are float32.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.loss = torch.zeros(num_columns, dtype=dtype, device=device)
+        self.correct = torch.zeros(num_columns, dtype=torch.int64, device=device)
+        self.num_images = 0
+
+    def add(self, losses: Tensor, result: StepResult, labels: Tensor, names: list[str]) -> None:
+        self.loss += losses * len(labels)
+        logits = [result.logits, *(result.block_logits[name] for name in names)]
+        self.correct += torch.stack([(x.argmax(dim=1) == labels).sum() for x in logits])
+        self.num_images += len(labels)
+
+    def mean_loss(self) -> list[float]:
+        return [total / max(1, self.num_images) for total in self.loss.tolist()]
+
+    def accuracy(self) -> list[float]:
+        """Percent."""
+        return [100 * count / max(1, self.num_images) for count in self.correct.tolist()]
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "loss": self.loss.cpu(),
+            "correct": self.correct.cpu(),
+            "num_images": self.num_images,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.loss.copy_(state["loss"])
+        self.correct.copy_(state["correct"])
+        self.num_images = state["num_images"]
+
+
+class Trainer:
+    """Trains what a config says, into a run directory.
+
+    Made by :meth:`start` or :meth:`resume`; then :meth:`fit`.
+    """
+
+    def __init__(
+        self, config: RunConfig, dataset: Dataset, run: RunDirectory, observer: Observer
+    ) -> None:
+        settings = config.settings
+        assert settings.epochs is not None
+        assert settings.num_threads is not None
+        self.config = config
+        self.settings = settings
+        self.run = run
+        self.observer = observer
+        self.num_epochs = settings.epochs
+        self.stop_signal: int | None = None
+
+        torch.set_num_threads(settings.num_threads)
+        torch.manual_seed(settings.seed)
+        self.device = torch.device(settings.device)
+        model = build_model(
+            settings.model,
+            num_classes=dataset.num_classes,
+            in_channels=dataset.inputs.num_channels,
+            image_size=dataset.inputs.image_size,
+            dropout=settings.dropout,
+        ).to(self.device)
+        self.learner = LocalLearner(
+            model,
+            settings.build_rule(),
+            num_classes=dataset.num_classes,
+            optimizer=settings.optimizer,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            precision=settings.precision,
+            channels_last=settings.channels_last,
+            compile=settings.compile,
+        )
+        self.schedules = {
+            name: schedule
+            for name, optimizer in self.learner.optimizers.items()
+            if (schedule := build_schedule(settings.schedule, optimizer, self.num_epochs))
+        }
+        self._recalibrates = optimizer_spec(settings.optimizer).is_schedule_free
+        self._num_classes = dataset.num_classes
+        self.train_loader = ImageLoader(
+            dataset.train,
+            dataset.inputs,
+            batch_size=settings.batch_size,
+            device=self.device,
+            augmentation=dataset.augmentation,
+            shuffle=True,
+            seed=settings.seed,
+        )
+        if self.train_loader.num_images < 2:
+            raise UserError("a training set of one image is too small: BatchNorm needs two.")
+
+        def test_loader(part: Any) -> ImageLoader:
+            return ImageLoader(
+                part, dataset.inputs, batch_size=settings.test_batch_size, device=self.device
+            )
+
+        self.test_loader = test_loader(dataset.test)
+        self.val_loader = test_loader(dataset.val) if dataset.val is not None else None
+
+        # Where the run is; all of it goes into the checkpoint.
+        self.epoch = 0
+        self.step = 0
+        self.rows: list[Row] = []
+        self.train_seconds = 0.0  # of this epoch's steps
+        self.total_seconds = 0.0
+        self.sums = self._new_sums()
+        self._unchecked: list[Tensor] = []
+
+    # -- making one -----------------------------------------------------------------------------
+
+    @classmethod
+    def start(cls, settings: TrainConfig, out: Path, observer: Observer) -> Trainer:
+        """A new run in ``out``, which is made once everything else is known to be right.
+
+        Raises:
+            UserError: bad settings or data, or a directory that holds a run already.
+            OSError: as the file system says.
+        """
+        run = RunDirectory(out)
+        run.check_free()
+        settings = settings.resolve()
+        dataset = _load(settings)
+        config = RunConfig(
+            settings=settings,
+            inputs=dataset.inputs,
+            class_names=dataset.class_names,
+            data={
+                "num_train": len(dataset.train),
+                "num_val": 0 if dataset.val is None else len(dataset.val),
+                "num_test": len(dataset.test),
+                "augmentation": dataset.augmentation.describe(),
+                "fingerprint": dataset.fingerprint(),
+                "notes": list(dataset.notes),
+            },
+            environment=describe_environment(settings.device),
+        )
+        trainer = cls(config, dataset, run, observer)
+        run.create(config)
+        for note in dataset.notes:
+            observer.on_note(note)
+        return trainer
+
+    @classmethod
+    def resume(
+        cls, directory: Path, observer: Observer, given: dict[str, Any] | None = None
+    ) -> Trainer:
+        """An interrupted run, where it was left; from the start if it left no checkpoint.
+
+        Arguments:
+            directory: of the run.
+            observer: is told.
+            given: settings that the user repeated; they must be the run's own, ``data_dir``
+                apart, whose data must only have the same content.
+
+        Raises:
+            UserError: no run directory, other settings (named), other data, or a checkpoint that
+                can't be read.
+        """
+        run = RunDirectory(directory)
+        config = run.read_config()
+        given = dict(given or {})
+        data_dir = given.pop("data_dir", config.settings.data_dir)
+        differing = differing_settings(config.settings, given)
+        if differing:
+            raise UserError(
+                f"{directory} was made with other settings: {', '.join(differing)}. "
+                f"Leave them out to resume it, or start a new run with --out."
+            )
+        checkpoint = load_checkpoint(run.checkpoint_path) if run.checkpoint_path.exists() else None
+        settings = replace(config.settings, data_dir=data_dir)
+        dataset = _load(settings.resolve())
+        if dataset.fingerprint() != config.data["fingerprint"]:
+            raise UserError(
+                f"the data of {directory} has changed since it was started "
+                f"(fingerprint {dataset.fingerprint()}, was {config.data['fingerprint']}). "
+                f"Restore it, or start a new run with --out."
+            )
+        trainer = cls(config, dataset, run, observer)
+        then, now = config.environment, describe_environment(settings.device)
+        if then["packages"] != now["packages"] or then["device_name"] != now["device_name"]:
+            observer.on_note(
+                "package versions or device differ from those the run was started with: it goes "
+                "on, but not bit for bit as it would have there"
+            )
+        if checkpoint is None:
+            observer.on_note("no checkpoint was written yet: starting over")
+        else:
+            try:
+                trainer._load_state(checkpoint)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"{run.checkpoint_path} does not fit the run's config.json ({error})."
+                ) from error
+        return trainer
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the last epoch, and write the results.
+
+        Returns:
+            What summary.json holds.
+
+        Raises:
+            UserError: a loss that is NaN or infinite.
+            Interrupted: ``stop_signal`` was set; all is saved.
+            OSError: as the file system says; the last checkpoint is whole.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.observer.on_start(self.config, self.learner, self.run)
+        if self.rows:
+            self.run.write_metrics(self.rows)
+        # What was written of epochs after the checkpoint is purged: they come again.
+        writer = SummaryWriter(str(self.run.tensorboard_path), purge_step=self.epoch + 1)
+        try:
+            while self.epoch < self.num_epochs:
+                self._train_epoch()
+                row = self._finish_epoch()
+                for name, value in row.items():
+                    if name != "epoch":
+                        writer.add_scalar(_tensorboard_tag(name), value, self.epoch)
+                writer.flush()
+                self.observer.on_epoch(row, self.num_epochs)
+                if self.stop_signal is not None and self.epoch < self.num_epochs:
+                    raise Interrupted(self.stop_signal)
+        finally:
+            writer.close()
+        return self._finish_run()
+
+    def _train_epoch(self) -> None:
+        names = self.learner.block_names
+        began = time.perf_counter() - self.train_seconds
+        interval = 1 if self.device.type == "cpu" else _CHECK_INTERVAL
+        for images, labels in self.train_loader.epoch(self.epoch, start=self.step):
+            result = self.learner.step(images, labels)
+            losses = torch.stack([result.loss, *(result.block_losses[name] for name in names)])
+            self.sums.add(losses, result, labels, names)
+            self.step += 1
+            self._unchecked.append(losses)
+            if len(self._unchecked) >= interval:
+                self._check_losses()
+            self.train_seconds = time.perf_counter() - began
+            if self.observer.wants_progress():
+                self.observer.on_progress(self._snapshot())
+            if self.stop_signal is not None and self.step < len(self.train_loader):
+                self._check_losses()
+                self._save()
+                raise Interrupted(self.stop_signal)
+        self._check_losses()
+        self._synchronize()
+        self.train_seconds = time.perf_counter() - began
+
+    def _finish_epoch(self) -> Row:
+        """Evaluate, write the row and the checkpoint, and go to the next epoch."""
+        epoch = self.epoch + 1
+        self.observer.on_evaluation(epoch)
+        if self._recalibrates:
+            batches = self.train_loader.epoch(self.epoch)
+            some = itertools.islice(batches, RECALIBRATION_BATCHES)
+            self.learner.recalibrate(images for images, _ in some)
+        self.learner.eval()
+        test = evaluate(self.learner, self.test_loader, self._num_classes)
+        val = None
+        if self.val_loader is not None:
+            val = evaluate(self.learner, self.val_loader, self._num_classes)
+
+        losses, accuracies = self.sums.mean_loss(), self.sums.accuracy()
+        row: Row = {
+            "epoch": epoch,
+            "train_loss": losses[0],
+            "train_acc": accuracies[0],
+            "test_loss": test.loss,
+            "test_acc": test.accuracy,
+            "images_per_second": self.sums.num_images / self.train_seconds,
+            "step_time_ms": 1000 * self.train_seconds / len(self.train_loader),
+        }
+        for column, name in enumerate(self.learner.block_names, start=1):
+            row[f"{name}_loss"] = losses[column]
+            row[f"{name}_acc"] = accuracies[column]
+        if val is not None:
+            row["val_loss"], row["val_acc"] = val.loss, val.accuracy
+
+        # Nothing is chosen by the test set: a plateau is one of the validation or training loss.
+        watched = losses[0] if val is None else val.loss
+        for schedule in self.schedules.values():
+            if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                schedule.step(watched)
+            else:
+                schedule.step()
+
+        self.rows.append(row)
+        self.total_seconds += self.train_seconds
+        self.epoch, self.step, self.train_seconds = epoch, 0, 0.0
+        self.sums = self._new_sums()
+        self._save()
+        self.run.write_metrics(self.rows)
+        return row
+
+    def _finish_run(self) -> dict[str, Any]:
+        self.learner.eval()
+        save_weights(self.run.model_path, self.learner, self.config)
+        summary = self._summary()
+        self.run.write_summary(summary)
+        return summary
+
+    def _summary(self) -> dict[str, Any]:
+        settings, last = self.settings, self.rows[-1]
+        test_accs = [row["test_acc"] for row in self.rows]
+        summary = {
+            "test_acc": last["test_acc"],
+            "best_test_acc": max(test_accs),
+            "test_loss": last["test_loss"],
+            "train_acc": last["train_acc"],
+            "train_loss": last["train_loss"],
+            "test_acc_per_epoch": test_accs,
+            "images_per_second": statistics.median(r["images_per_second"] for r in self.rows),
+            "step_time_ms_median": statistics.median(r["step_time_ms"] for r in self.rows),
+            "train_seconds": self.total_seconds,
+            "epochs": len(self.rows),
+            "rule": settings.rule,
+            "basis": settings.basis,
+            "setting": settings.setting,
+            "model": settings.model,
+            "dataset": settings.dataset,
+            "seed": settings.seed,
+            "num_params": sum(p.numel() for p in self.learner.model.parameters()),
+            "num_additional_params": self.learner.num_additional_params,
+            "device": settings.device,
+            "device_name": self.config.environment["device_name"],
+            "precision": settings.precision,
+        }
+        if "val_acc" in last:
+            val_accs = [row["val_acc"] for row in self.rows]
+            best = max(range(len(val_accs)), key=val_accs.__getitem__)
+            summary |= {
+                "val_acc": last["val_acc"],
+                "best_val_acc": val_accs[best],
+                "test_acc_at_best_val": test_accs[best],
+            }
+        return summary
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def _new_sums(self) -> _EpochSums:
+        return _EpochSums(1 + len(self.learner.block_names), self.device)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            epoch=self.epoch + 1,
+            num_epochs=self.num_epochs,
+            step=self.step,
+            num_steps=len(self.train_loader),
+            loss=self.sums.mean_loss()[0],
+            accuracy=self.sums.accuracy()[0],
+            images_per_second=self.sums.num_images / max(self.train_seconds, 1e-9),
+        )
+
+    def _check_losses(self) -> None:
+        """Raises UserError where a loss since the last look was NaN or infinite."""
+        if not self._unchecked:
+            return
+        losses = torch.stack(self._unchecked).cpu()
+        first_step = self.step - len(self._unchecked) + 1
+        self._unchecked.clear()
+        if bool(torch.isfinite(losses).all()):
+            return
+        row, column = torch.nonzero(~torch.isfinite(losses))[0].tolist()
+        names = ["the output", *(f"block {name}" for name in self.learner.block_names)]
+        # A block's loss is the cause of those after it, so the first block is named, and the
+        # output (column 0) only where no block is to blame.
+        bad = torch.nonzero(~torch.isfinite(losses[row, 1:]))
+        column = 1 + int(bad[0]) if len(bad) else 0
+        value = losses[row, column].item()
+        kept = (
+            f"The last good checkpoint (epoch {len(self.rows)}) is kept in {self.run.path}."
+            if self.run.checkpoint_path.exists()
+            else "No epoch was finished, so there is no checkpoint."
+        )
+        raise UserError(
+            f"the loss of {names[column]} became {'NaN' if math.isnan(value) else 'infinite'} at "
+            f"step {first_step + row} of epoch {self.epoch + 1}. {kept} "
+            f"Try a smaller --lr, or --precision fp32."
+        )
+
+    def _save(self) -> None:
+        state = {
+            "config": self.config.to_json(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "rows": self.rows,
+            "train_seconds": self.train_seconds,
+            "total_seconds": self.total_seconds,
+            "sums": self.sums.state(),
+            "learner": self.learner.training_state(),
+            "schedules": {name: s.state_dict() for name, s in self.schedules.items()},
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        }
+        save_checkpoint(self.run.checkpoint_path, state)
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
+        self.train_seconds, self.total_seconds = state["train_seconds"], state["total_seconds"]
+        self.sums.load(state["sums"])
+        self.learner.load_training_state(state["learner"])
+        for name, schedule in self.schedules.items():
+            schedule.load_state_dict(state["schedules"][name])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+
+
+def _load(settings: TrainConfig) -> Dataset:
+    return load_dataset(
+        settings.dataset,
+        data_dir=settings.data_dir,
+        augment=settings.augment,
+        image_size=settings.image_size,
+        limit_train=settings.limit_train,
+        limit_test=settings.limit_test,
+        val_split=settings.val_split,
+        seed=settings.seed,
+    )
+
+
+def _tensorboard_tag(column: str) -> str:
+    """ "test_acc" -> "test/acc": TensorBoard groups by what stands before the slash."""
+    group, _, quantity = column.rpartition("_")
+    return f"{group}/{quantity}" if quantity in ("loss", "acc") else f"speed/{column}"

@@ -1,0 +1,130 @@
+"""Trained weights: written to and read from model.safetensors, or read from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from locallearn.engine.files import write_atomically
+from locallearn.engine.learner import LocalLearner
+from locallearn.engine.run import RunConfig, RunDirectory, load_checkpoint
+from locallearn.errors import UserError
+from locallearn.models import build_model
+
+_METADATA_KEY = "locallearn"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A learner with trained weights, in evaluation mode.
+
+    Arguments:
+        learner: on the CPU.
+        config: of the run that trained it.
+        origin: the file the weights are from.
+        num_epochs: finished epochs; None where the file does not say.
+        needs_recalibration: whether BatchNorm's running statistics still belong to other weights,
+            as they do in a checkpoint from the middle of an epoch.
+    """
+
+    learner: LocalLearner
+    config: RunConfig
+    origin: Path
+    num_epochs: int | None
+    needs_recalibration: bool
+
+
+def save_weights(path: Path, learner: LocalLearner, config: RunConfig) -> None:
+    """The model's and the heads' tensors, and the config as metadata, atomically."""
+    tensors = {f"model.{name}": t for name, t in learner.model.state_dict().items()}
+    tensors |= {f"heads.{name}": t for name, t in learner.heads.state_dict().items()}
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    metadata = {_METADATA_KEY: json.dumps(config.to_json())}
+    write_atomically(path, save(contiguous, metadata=metadata))
+
+
+def load_trained(path: Path) -> Trained:
+    """From a run directory (its final weights, else its checkpoint), or from one such file.
+
+    Raises:
+        UserError: nothing there, or nothing that locallearn wrote.
+    """
+    if path.is_dir():
+        run = RunDirectory(path)
+        run.read_config()
+        if run.model_path.exists() and run.is_finished:
+            return _from_safetensors(run.model_path)
+        if run.checkpoint_path.exists():
+            return _from_checkpoint(run.checkpoint_path)
+        raise UserError(
+            f"{path} has no weights yet: the run was stopped before its first checkpoint. "
+            f"Continue it with `locallearn train --resume {path}`."
+        )
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a run directory or a file of one.")
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path)
+    return _from_checkpoint(path)
+
+
+def _build(config: RunConfig) -> LocalLearner:
+    settings = config.settings
+    model = build_model(
+        settings.model,
+        num_classes=len(config.class_names),
+        in_channels=config.inputs.num_channels,
+        dropout=settings.dropout,
+    )
+    return LocalLearner(
+        model,
+        settings.build_rule(),
+        num_classes=len(config.class_names),
+        optimizer=settings.optimizer,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        precision=settings.precision,
+        channels_last=settings.channels_last,
+    )
+
+
+def _from_checkpoint(path: Path) -> Trained:
+    state = load_checkpoint(path)
+    config = RunConfig.from_json(state.get("config"), path)
+    learner = _build(config)
+    try:
+        learner.load_training_state(state["learner"])
+        mid_epoch = state["step"] > 0
+        num_epochs = state["epoch"]
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} does not fit its own settings ({error}).") from error
+    learner.eval()
+    return Trained(learner, config, path, num_epochs, needs_recalibration=mid_epoch)
+
+
+def _from_safetensors(path: Path) -> Trained:
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, Any] = file.metadata() or {}
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                tensors[name] = file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} can't be read: it is truncated or no safetensors file.") from error
+    if _METADATA_KEY not in metadata:
+        raise UserError(f"{path} can't be read: it was not written by locallearn.")
+    config = RunConfig.from_json(json.loads(metadata[_METADATA_KEY]), path)
+    learner = _build(config)
+    learner.eval()
+    try:
+        for prefix, module in (("model.", learner.model), ("heads.", learner.heads)):
+            part = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            module.load_state_dict(part)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit its own settings ({error}).") from error
+    return Trained(learner, config, path, None, needs_recalibration=False)
