@@ -16,11 +16,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import pickle
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -170,11 +170,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: truncated, foreign, or of another version.
+        OSError: as the file system says.
     """
+    # Read first, so that an OSError below is torch's word for a broken archive.
+    content = io.BytesIO(path.read_bytes())
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        whole = zipfile.is_zipfile(path)
+        state = torch.load(content, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
+        whole = zipfile.is_zipfile(content)
         why = "it was not written by locallearn" if whole else "it is truncated or no checkpoint"
         raise UserError(f"{path} can't be read: {why}.") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -140,11 +140,8 @@ class ProjectionHead(LatentHead):
 
 
 def accumulate_grad(parameter: nn.Parameter, grad: Tensor) -> None:
-    """Add ``grad`` to ``parameter.grad``, as autograd would."""
-    if parameter.grad is None:
-        parameter.grad = grad
-    else:
-        parameter.grad += grad
+    """Add ``grad`` to ``parameter.grad``, as autograd would; ``grad`` itself stays as it is."""
+    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
 
 
 @dataclass(frozen=True, kw_only=True)

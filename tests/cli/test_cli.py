@@ -1,0 +1,334 @@
+"""The command line as a user meets it: output, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from locallearn import list_models, list_rules
+from locallearn.cli import main
+from locallearn.data import list_datasets
+from locallearn.engine.run import load_checkpoint
+
+SMALL = ["--epochs", "2", "--limit-train", "400", "--limit-test", "60"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def program(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "locallearn", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def assert_one_line_error(code: int, captured) -> str:
+    assert code == 2
+    assert "Traceback" not in captured.err + captured.out
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("Error: ")
+    return lines[0]
+
+
+def test_train_with_defaults_prints_lines_and_a_result(capsys) -> None:
+    assert main(["train", *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert "digits: 400 training images, 60 test images, 10 classes, 1x8x8" in out
+    assert "lls, square basis (official)" in out
+    assert len(re.findall(r"^epoch [12]/2  loss .* test .* images/s  blocks ", out, re.M)) == 2
+    assert re.search(r"^test accuracy \d+\.\d+ % after 2 epochs", out, re.M)
+    (run,) = Path("runs").iterdir()
+    assert f"written to {run}" in out
+    assert re.fullmatch(r"\d{8}-\d{6}-digits-smallconv-lls", run.name)
+
+
+def test_quiet_prints_the_result_alone(capsys) -> None:
+    assert main(["train", *SMALL, "--quiet", "--out", "run"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_every_rule_trains_from_the_command_line() -> None:
+    for rule in list_rules():
+        arguments = ["--epochs", "1", "--limit-train", "64", "--limit-test", "20", "--quiet"]
+        assert main(["train", "--rule", rule, "--out", rule, *arguments]) == 0
+        assert json.loads(Path(rule, "summary.json").read_text())["rule"] == rule
+
+
+def test_flags_reach_the_run() -> None:
+    flags = {
+        "--rule": "lls-mxm-reduced",
+        "--basis": "cosine",
+        "--setting": "paper",
+        "--num-waves": 5,
+        "--temperature": 0.7,
+        "--label-smoothing": 0.1,
+        "--batch-size": 64,
+        "--test-batch-size": 32,
+        "--lr": 0.01,
+        "--optimizer": "adamw",
+        "--weight-decay": 0.001,
+        "--schedule": "multistep",
+        "--augment": "basic",
+        "--dropout": 0.1,
+        "--val-split": 0.1,
+        "--precision": "bf16",
+        "--device": "cpu",
+        "--num-threads": 1,
+        "--seed": 7,
+        "--epochs": 1,
+        "--limit-train": 128,
+        "--limit-test": 30,
+    }
+    given = [str(part) for pair in flags.items() for part in pair]
+    assert main(["train", *given, "--no-channels-last", "--quiet", "--out", "run"]) == 0
+    settings = json.loads(Path("run/config.json").read_text())["settings"]
+    for name, value in flags.items():
+        assert settings[name[2:].replace("-", "_")] == value, name
+    assert settings["channels_last"] is False
+    torch.set_num_threads(os.cpu_count() or 1)
+
+
+def test_resume_of_a_finished_run_says_so(capsys) -> None:
+    main(["train", *SMALL, "--quiet", "--out", "run"])
+    before = {p: p.stat().st_mtime_ns for p in Path("run").iterdir()}
+    capsys.readouterr()
+    assert main(["train", "--resume", "run"]) == 0
+    assert re.match(r"run is finished: test accuracy [\d.]+ %", capsys.readouterr().out)
+    assert {p: p.stat().st_mtime_ns for p in Path("run").iterdir()} == before
+
+
+LONG = ["--epochs", "6", "--num-threads", "2"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    assert main(["train", *LONG, "--out", str(path), "--quiet"]) == 0
+    return path
+
+
+def wait_for(process: subprocess.Popen, path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signalled_run_resumes_to_what_it_would_have_been(
+    number: signal.Signals, whole: Path
+) -> None:
+    process = program("train", *LONG, "--out", "cut")
+    wait_for(process, Path("cut/checkpoint.pt"))
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number
+        assert "Continue with: locallearn train --resume cut" in err
+        assert "Traceback" not in err
+    assert not Path("cut/summary.json").exists(), out
+    assert main(["train", "--resume", "cut"]) == 0
+    one, two = (load_file(path / "model.safetensors") for path in (whole, Path("cut")))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    states = [load_checkpoint(path / "checkpoint.pt")["learner"] for path in (whole, Path("cut"))]
+    torch.testing.assert_close(*(s["optimizers"] for s in states), rtol=0, atol=0)
+
+
+def test_evaluate_and_predict(capsys, make_folder) -> None:
+    root = make_folder(per_class=12)
+    arguments = ["--dataset", "folder", "--data-dir", str(root), "--epochs", "6", "--lr", "0.01"]
+    assert main(["train", *arguments, "--batch-size", "8", "--quiet", "--out", "run"]) == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["test_acc"] > 90
+
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--json", "e.json", "--plot", "c.png"]) == 0
+    out = capsys.readouterr().out
+    assert f"accuracy {summary['test_acc']:.2f} %" in out
+    assert "apple" in out
+    report = json.loads(Path("e.json").read_text())
+    assert report["accuracy"] == pytest.approx(summary["test_acc"])
+    assert report["loss"] == pytest.approx(summary["test_loss"], rel=1e-5)
+    assert sum(map(sum, report["confusion"])) == report["num_images"] == 36
+    assert Path("c.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["evaluate", "run/checkpoint.pt", "--split", "train"]) == 0
+    assert "on 36 train images" in capsys.readouterr().out
+
+    images = [str(root / "test" / name / "000.png") for name in ("plum", "apple")]
+    assert main(["predict", "run", *images, "--json", "--top", "2"]) == 0
+    answers = json.loads(capsys.readouterr().out)
+    assert [a["predictions"][0]["class"] for a in answers] == ["plum", "apple"]
+    assert [len(a["predictions"]) for a in answers] == [2, 2]
+    assert main(["predict", "run", *images]) == 0
+    assert "plum" in capsys.readouterr().out
+
+
+def test_evaluate_of_many_classes_lists_confusions(capsys, make_folder) -> None:
+    root = make_folder(classes=tuple(f"c{i:02d}" for i in range(24)), per_class=2)
+    arguments = ["--dataset", "folder", "--data-dir", str(root), "--epochs", "1", "--quiet"]
+    assert main(["train", *arguments, "--out", "run"]) == 0
+    assert main(["evaluate", "run"]) == 0
+    out = capsys.readouterr().out
+    assert "accuracy by class" in out
+    assert "most frequent confusions" in out
+
+
+def test_evaluate_of_a_run_stopped_in_an_epoch(capsys) -> None:
+    from locallearn.cli.console import QuietObserver
+    from locallearn.engine import Interrupted, TrainConfig, Trainer
+
+    trainer = Trainer.start(TrainConfig(epochs=3), Path("run"), QuietObserver())
+    trainer.stop_signal = 2
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    assert main(["evaluate", "run"]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    code = main(["predict", "run", "x.png"])
+    assert "stopped in the middle of an epoch" in assert_one_line_error(code, capsys.readouterr())
+
+
+def test_list(capsys) -> None:
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for name in [*list_models(), *list_rules(), *list_datasets()]:
+        assert name in out
+    assert main(["list", "rules"]) == 0
+    out = capsys.readouterr().out
+    assert "M, K x K numbers" in out
+    assert "end to end" in out
+    assert "smallconv" not in out
+
+
+def test_doctor(capsys) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in ("torch", "triton", "C++ compiler", "CUDA", "--device auto means"):
+        assert word in out
+
+
+def test_version_and_help(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"locallearn \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    assert main([]) == 0
+    assert "evaluate" in capsys.readouterr().out
+    assert main(["train", "--help"]) == 0
+    assert "--label-smoothing" in capsys.readouterr().out
+
+
+def text_file(path: str) -> str:
+    Path(path).write_text("no image")
+    return path
+
+
+BAD_INPUT = [
+    (["train", "--model", "smalconv"], r"unknown model 'smalconv'. Did you mean 'smallconv'\?"),
+    (["train", "--rule", "lsl"], r"unknown rule 'lsl'. Did you mean 'lls'\? Valid: bp, lls"),
+    (["train", "--dataset", "cifar"], r"unknown dataset 'cifar'. Did you mean 'cifar10'"),
+    (["train", "--basis", "sine"], r"unknown basis 'sine'"),
+    (["train", "--augment", "lots"], r"unknown augmentation 'lots'. .*basic, none, standard"),
+    (["train", "--dataset", "folder"], r"needs --data-dir"),
+    (["train", "--dataset", "folder", "--data-dir", "nowhere"], r"nowhere does not exist"),
+    (["train", "--dataset", "folder", "--data-dir", "."], r"holds no class folders"),
+    (["train", "--batch-size", "0"], r"--batch-size must be at least 2, got 0"),
+    (["train", "--epochs", "-1"], r"--epochs must be at least 1, got -1"),
+    (["train", "--epochs", "many"], r"--epochs.*See `locallearn train --help`"),
+    (["train", "--speed", "11"], r"--speed.*See `locallearn train --help`"),
+    (["train", "--limit-train", "0"], r"--limit-train must be at least 1"),
+    (["train", "--model", "vgg8"], r"images of 8x8 pixels are too small for vgg8"),
+    (["train", "--resume", "nowhere"], r"nowhere is no directory"),
+    (["train", "--resume", "."], r"is no run directory: it holds no config.json"),
+    (["train", "--resume", "a", "--out", "b"], r"--resume and --out exclude each other"),
+    (["train", "--out", "/proc/none"], r"can't use /proc/none: .* What was written before is who"),
+    (["train", "--rule", "bp", "--basis", "square"], r"rule 'bp' has no option 'basis'"),
+    (["evaluate", "nowhere"], r"nowhere does not exist; give a run directory or a file of one"),
+    (["evaluate", "text.pt"], r"text.pt can't be read: it is truncated or no checkpoint"),
+    (["evaluate", "text.safetensors"], r"is truncated or no safetensors file"),
+    (["predict", "text.pt", "x.png"], r"text.pt can't be read"),
+    (["list", "modles"], r"unknown kind 'modles'. Did you mean 'models'"),
+    (["trian"], r"trian"),
+]
+if not torch.cuda.is_available():
+    BAD_INPUT.append((["train", "--device", "cuda"], r"--device cuda: .* sees no such device"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD_INPUT, ids=[" ".join(row[0]) for row in BAD_INPUT]
+)
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, capsys, tmp_path) -> None:
+    for name in ("text.pt", "text.safetensors"):
+        text_file(name)
+    before = sorted(tmp_path.rglob("*"))
+    code = main(arguments)
+    line = assert_one_line_error(code, capsys.readouterr())
+    assert re.search(message, line), line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_errors_of_a_run(capsys, make_folder) -> None:
+    main(["train", *SMALL, "--quiet", "--out", "run"])
+    capsys.readouterr()
+    for arguments, message in (
+        (["train", "--out", "run"], r"run already holds a run"),
+        (["evaluate", "run", "--split", "val"], r"held no validation images out"),
+        (["evaluate", "run", "--split", "tests"], r"unknown split 'tests'"),
+        (["evaluate", "run", "--batch-size", "0"], r"--batch-size must be at least 1"),
+        (["evaluate", "run", "--plot", "c.xyz"], r"--plot c.xyz: "),
+        (["predict", "run", "nothing.png"], r"no such image files: nothing.png"),
+        (["predict", "run", text_file("fake.png")], r"unreadable images: fake.png"),
+        (["predict", "run", "x.png", "--top", "0"], r"--top must be at least 1"),
+    ):
+        line = assert_one_line_error(main(arguments), capsys.readouterr())
+        assert re.search(message, line), line
+    Path("run/summary.json").unlink()
+    code = main(["train", "--resume", "run", "--lr", "0.1", "--seed", "0"])
+    line = assert_one_line_error(code, capsys.readouterr())
+    assert "made with other settings: --lr (run: 0.005, given: 0.1). Leave" in line
+
+
+def test_a_full_disk_is_one_line_and_can_be_resumed() -> None:
+    """The file size limit stands for the disk: the first checkpoint does not fit."""
+    limited = "ulimit -f 600; exec " + " ".join(
+        [sys.executable, "-m", "locallearn", "train", "--out", "run", "--epochs", "1", "--quiet"]
+    )
+    process = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert process.returncode == 2, process.stderr
+    lines = process.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert re.match(
+        r"Error: can't use run/checkpoint.pt: File too large. What was written before", lines[0]
+    )
+    assert sorted(p.name for p in Path("run").iterdir()) == ["config.json", "tensorboard"]
+    assert main(["train", "--resume", "run", "--quiet"]) == 0
+
+
+def test_no_network_is_one_line(capsys, monkeypatch) -> None:
+    import torchvision
+
+    def refuse(self) -> None:
+        raise RuntimeError("Error downloading\ntrain-images")
+
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", refuse)
+    code = main(["train", "--dataset", "mnist", "--data-dir", "data"])
+    assert "could not be downloaded" in assert_one_line_error(code, capsys.readouterr())
+    assert not Path("data").exists()

@@ -1,0 +1,72 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a directory of class folders with noisy images whose mean colour tells the class."""
+
+    def make(
+        name: str = "data",
+        *,
+        classes: tuple[str, ...] = ("apple", "pear", "plum"),
+        parts: tuple[str, ...] = ("train", "test"),
+        per_class: int = 8,
+        sizes: tuple[tuple[int, int], ...] = ((12, 12),),
+        mode: str = "RGB",
+        suffix: str = ".png",
+    ) -> Path:
+        rng = np.random.default_rng(0)
+        for part in parts:
+            for label, class_name in enumerate(classes):
+                folder = tmp_path / name / part / class_name
+                folder.mkdir(parents=True)
+                for i in range(per_class):
+                    height, width = sizes[i % len(sizes)]
+                    shape = (height, width) if mode == "L" else (height, width, 3)
+                    level = 40 + 160 * label / max(1, len(classes) - 1)
+                    pixels = np.clip(rng.normal(level, 20, shape), 0, 255).astype(np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{i:03d}{suffix}")
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def peak_memory_bytes() -> Callable[[Callable[[], object]], int]:
+    """Highest number of CPU tensor bytes that a call holds beyond what was held before it.
+
+    Counted from the allocator's own events, not guessed from the size of the process.
+    """
+
+    def measure(call: Callable[[], object]) -> int:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            call()
+        events = sorted(
+            (event.start_ns(), event.nbytes())
+            for event in profile.profiler.kineto_results.events()
+            if event.name() == "[memory]"
+        )
+        assert events, "the profiler recorded no allocation"
+        live = peak = 0
+        for _, num_bytes in events:
+            live += num_bytes
+            peak = max(peak, live)
+        return peak
+
+    return measure

@@ -1,0 +1,101 @@
+"""Optimizers and schedules by name, and the schedule-free train/eval switch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from schedulefree import AdamWScheduleFree
+from torch import nn
+
+from locallearn import LocalLearner, UserError, build_model
+from locallearn.engine import list_optimizers, list_schedules
+from locallearn.engine.optimizers import build_schedule, check_schedule, optimizer_factory, set_mode
+
+
+def test_what_there_is() -> None:
+    names = ["adam", "adamw", "schedulefree-adamw", "schedulefree-sgd", "sgd"]
+    assert list_optimizers() == names
+    assert list_schedules() == ["none", "cosine", "multistep", "plateau"]
+
+
+def test_default_is_the_papers() -> None:
+    learner = LocalLearner(build_model("smallconv"), "lls")
+    assert set(learner.optimizers) == {"conv1", "conv2", "conv3", "linear1", ""}
+    for optimizer in learner.optimizers.values():
+        assert isinstance(optimizer, AdamWScheduleFree)
+        group = optimizer.param_groups[0]
+        assert group["lr"] == 5e-3
+        assert group["betas"] == (0.9, 0.999)
+        assert group["weight_decay"] == 0
+        assert group["warmup_steps"] == 0
+
+
+def test_a_function_makes_the_optimizer() -> None:
+    made = []
+
+    def factory(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        made.append(len(parameters))
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    LocalLearner(build_model("smallconv"), "lls-m", optimizer=factory)
+    assert made == [4, 4, 4, 4, 2]  # weight, gamma, beta and M of each block; the classifier
+
+
+@pytest.mark.parametrize("name", ["schedulefree-adamw", "schedulefree-sgd"])
+def test_weights_switch_between_two_points(name: str) -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    optimizer = optimizer_factory(name, lr=0.1, weight_decay=0.0)([weight])
+    set_mode([optimizer], training=True)
+    for _ in range(5):
+        weight.grad = weight.detach().clone()
+        optimizer.step()
+    y = weight.detach().clone()
+    set_mode([optimizer], training=False)
+    x = weight.detach().clone()
+    z = optimizer.state[weight]["z"]
+    assert not torch.equal(x, y)
+    torch.testing.assert_close(y, 0.1 * z + 0.9 * x)  # y = (1 - beta) z + beta x
+    set_mode([optimizer], training=False)
+    assert torch.equal(weight, x)
+    set_mode([optimizer], training=True)
+    torch.testing.assert_close(weight.detach(), y)
+
+
+def test_plain_optimizers_have_one_point() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    set_mode([torch.optim.SGD([weight], lr=0.1)], training=False)
+    assert torch.equal(weight.detach(), torch.ones(2))
+
+
+def rates(schedule: str, num_epochs: int, losses: list[float] | None = None) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler = build_schedule(schedule, optimizer, num_epochs)
+    found = []
+    for epoch in range(num_epochs):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step(*([losses[epoch]] if losses else []))
+    return found
+
+
+def test_schedules_by_hand() -> None:
+    assert rates("none", 3) == [1.0, 1.0, 1.0]
+    assert rates("cosine", 4) == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
+    assert rates("multistep", 8) == pytest.approx([1.0] * 4 + [0.1] * 2 + [0.01] * 2)
+    falling_then_flat = [3.0, 2.0] + [2.0] * 8
+    assert rates("plateau", 10, falling_then_flat) == pytest.approx([1.0] * 8 + [0.1] * 2)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_schedules_of_few_epochs(epochs: int) -> None:
+    assert len(rates("multistep", epochs)) == epochs
+
+
+def test_schedule_errors() -> None:
+    with pytest.raises(UserError, match=r"unknown schedule 'cosin'. Valid: none, cosine"):
+        check_schedule("cosin", "adamw")
+    with pytest.raises(UserError, match=r"schedulefree-adamw is schedule-free .* Use one of adam,"):
+        check_schedule("cosine", "schedulefree-adamw")
+    check_schedule("cosine", "adamw")
+    check_schedule("none", "schedulefree-adamw")

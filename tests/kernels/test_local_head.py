@@ -1,0 +1,115 @@
+"""The head's closed form against autograd of its definition in float64, and by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from locallearn.kernels import local_head
+
+# N, T, K, and why the row is there
+SIZES = [
+    (8, 32, 10, "ordinary"),
+    (1, 16, 10, "batch of one"),
+    (8, 1, 10, "latent of one"),
+    (8, 16, 1, "one class"),
+    (8, 16, 2, "two classes"),
+    (5, 3, 1000, "more classes than latents"),
+]
+
+
+def reference(p, d, y, *, normalize, temperature, label_smoothing):
+    """Loss, logits, dL/dp and dL/dD from autograd of the formulas in plain PyTorch."""
+    p, d = p.detach().clone().requires_grad_(), d.detach().clone().requires_grad_()
+    q = F.normalize(p, dim=1) if normalize else p
+    logits = q @ d.T / temperature
+    loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+    grad_p, grad_d = torch.autograd.grad(loss, (p, d))
+    return loss.detach(), logits.detach(), grad_p, grad_d
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("n", "t", "k", "why"), SIZES, ids=[s[3] for s in SIZES])
+def test_closed_form_matches_autograd(n, t, k, why, normalize, temperature, label_smoothing):
+    p, d = torch.randn(n, t, dtype=torch.float64), torch.randn(k, t, dtype=torch.float64)
+    y = torch.randint(k, (n,))
+    settings = {
+        "normalize": normalize,
+        "temperature": temperature,
+        "label_smoothing": label_smoothing,
+    }
+    expected = reference(p, d, y, **settings)
+    actual = local_head(p, d, y, **settings, needs_grad_projection=True)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-13)
+
+
+def test_by_hand() -> None:
+    # p = (3, 4), so q = (0.6, 0.8); D the identity; temperature 1/2: logits (1.2, 1.6).
+    result = local_head(
+        torch.tensor([[3.0, 4.0]], dtype=torch.float64),
+        torch.eye(2, dtype=torch.float64),
+        torch.tensor([0]),
+        normalize=True,
+        temperature=0.5,
+        needs_grad_projection=True,
+    )
+    share = math.exp(1.2) / (math.exp(1.2) + math.exp(1.6))
+    e = (share - 1) / 0.5  # of class 0; class 1 has the opposite
+    radial = 0.6 * e - 0.8 * e
+    assert result.loss.item() == pytest.approx(-math.log(share))
+    assert result.logits.tolist()[0] == pytest.approx([1.2, 1.6])
+    assert result.grad_latents.tolist()[0] == pytest.approx(
+        [(e - 0.6 * radial) / 5, (-e - 0.8 * radial) / 5]
+    )
+    assert result.grad_projection is not None
+    assert result.grad_projection.tolist()[0] == pytest.approx([0.6 * e, 0.8 * e])
+
+
+def test_latents_of_zero_learn_nothing_and_stay_finite() -> None:
+    p = torch.zeros(2, 4)
+    p[1] = torch.randn(4)
+    result = local_head(p, torch.randn(3, 4), torch.tensor([0, 1]), normalize=True, temperature=0.5)
+    assert result.loss.isfinite()
+    assert result.grad_latents[0].tolist() == [0.0] * 4
+    assert result.grad_latents[1].abs().sum() > 0
+
+
+def test_no_projection_gradient_unless_wanted() -> None:
+    p, d, y = torch.randn(2, 4), torch.randn(3, 4), torch.tensor([0, 1])
+    assert local_head(p, d, y, normalize=True, temperature=1.0).grad_projection is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_latents_are_computed_in_float32(dtype: torch.dtype) -> None:
+    p, d, y = torch.randn(8, 16).to(dtype), torch.randn(5, 16), torch.randint(5, (8,))
+    low = local_head(p, d, y, normalize=True, temperature=0.5, needs_grad_projection=True)
+    full = local_head(p.float(), d, y, normalize=True, temperature=0.5, needs_grad_projection=True)
+    for a, b in zip(low, full, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+def test_float32_error_is_that_of_plain_pytorch() -> None:
+    p, d, y = torch.randn(64, 512), torch.randn(10, 512).sign(), torch.randint(10, (64,))
+    settings = {"normalize": True, "temperature": 0.5, "label_smoothing": 0.1}
+    exact = reference(p.double(), d.double(), y, **settings)
+    plain = reference(p, d, y, **settings)
+    ours = local_head(p, d, y, **settings, needs_grad_projection=True)
+    for e, a, b in zip(exact, ours, plain, strict=True):
+        floor = 4 * torch.finfo(torch.float32).eps * e.abs().max()
+        assert (a - e).abs().max() <= 2 * (b - e).abs().max() + floor
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_strides_do_not_matter(layout: str) -> None:
+    p, d, y = torch.randn(6, 8), torch.randn(4, 8), torch.randint(4, (6,))
+    odd = p.T.contiguous().T if layout == "transposed" else torch.stack([p, p], -1)[..., 0]
+    a = local_head(p, d, y, normalize=True, temperature=0.5)
+    b = local_head(odd, d, y, normalize=True, temperature=0.5)
+    torch.testing.assert_close(a.grad_latents, b.grad_latents)
