@@ -80,7 +80,8 @@ def test_what_a_run_writes(tmp_path: Path) -> None:
 
     with open(out.metrics_path, newline="") as file:
         table = list(csv.reader(file))
-    head = "epoch train_loss train_acc test_loss test_acc images_per_second step_time_ms".split()
+    head = ["epoch", "train_loss", "train_acc", "test_loss", "test_acc"]
+    head += ["images_per_second", "step_time_ms"]
     blocks = [f"{b}_{x}" for b in ("conv1", "conv2", "conv3", "linear1") for x in ("loss", "acc")]
     assert table[0] == [*head, *blocks, "val_loss", "val_acc"]
     assert [row[0] for row in table[1:]] == ["1", "2"]
@@ -350,14 +351,17 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch) -> None
     real, checkpoint = trainer_module.save_checkpoint, tmp_path / "run" / "checkpoint.pt"
     saved: list[bytes] = []
 
+    def refuse(*arguments: object) -> None:
+        raise OSError(28, "full")
+
     def full(path: Path, state: dict) -> None:
         if saved:
-            monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28)))
+            monkeypatch.setattr("os.fsync", refuse)
         real(path, state)
         saved.append(path.read_bytes())
 
     monkeypatch.setattr(trainer_module, "save_checkpoint", full)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="full"):
         trainer.fit()
     assert checkpoint.read_bytes() == saved[0]
     assert not list((tmp_path / "run").glob(".*.tmp"))
@@ -371,7 +375,7 @@ def test_atomic_write_replaces_or_leaves(tmp_path: Path, monkeypatch) -> None:
     write_atomically(target, b"two")
     assert target.read_bytes() == b"two"
     monkeypatch.setattr("os.replace", lambda a, b: (_ for _ in ()).throw(OSError(13, "no")))
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="no"):
         write_atomically(target, b"three")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert target.read_bytes() == b"two"
