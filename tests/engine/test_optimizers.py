@@ -61,6 +61,38 @@ def test_weights_switch_between_two_points(name: str) -> None:
     torch.testing.assert_close(weight.detach(), y)
 
 
+def test_averaging_weights_are_those_of_the_papers_version() -> None:
+    """100 steps against the algorithm as the authors of LLS ran it, written out."""
+    lr, beta1, beta2, eps = 0.05, 0.9, 0.999, 1e-8
+    start = torch.randn(7, dtype=torch.float64)
+    target = torch.randn(7, dtype=torch.float64)
+    weight = nn.Parameter(start.clone())
+    optimizer = optimizer_factory("schedulefree-adamw", lr=lr, weight_decay=0.0)([weight])
+    set_mode([optimizer], training=True)
+
+    y, z, v = start.clone(), start.clone(), torch.zeros(7, dtype=torch.float64)
+    x = start.clone()
+    weight_sum = 0.0
+    for k in range(100):
+        weight.grad = weight.detach() - target
+        optimizer.step()
+
+        grad = y - target
+        v = beta2 * v + (1 - beta2) * grad**2
+        correction = 1 - beta2 ** (k + 1)
+        z = z - lr * grad / ((v / correction).sqrt() + eps)
+        weight_sum += correction
+        x = x + correction / weight_sum * (z - x)
+        y = (1 - beta1) * z + beta1 * x
+        torch.testing.assert_close(weight.detach(), y, rtol=1e-10, atol=1e-12)
+        if k % 30 == 29:  # a test in between changes nothing
+            set_mode([optimizer], training=False)
+            torch.testing.assert_close(weight.detach(), x, rtol=1e-10, atol=1e-12)
+            set_mode([optimizer], training=True)
+    torch.testing.assert_close(optimizer.state[weight]["z"], z, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg_sq"], v, rtol=1e-10, atol=1e-12)
+
+
 def test_plain_optimizers_have_one_point() -> None:
     weight = nn.Parameter(torch.ones(2))
     set_mode([torch.optim.SGD([weight], lr=0.1)], training=False)

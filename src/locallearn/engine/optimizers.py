@@ -21,6 +21,28 @@ from locallearn.registry import Registry
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 
 
+class PaperAdamWScheduleFree(AdamWScheduleFree):  # type: ignore[misc]
+    """Schedule-Free AdamW with the averaging weights of the version that the LLS authors used.
+
+    x, the point to evaluate at, is a weighted average of the z_k. The package now weighs every
+    step alike; up to version 1.2.7 it weighed step k (from 0) by its bias correction,
+    1 - beta2^(k+1), so that the first thousand steps counted less. All of the paper's results
+    come from that: five epochs of CIFAR-10 (SmallConv, LLS) end a point higher with it.
+
+    The package takes c = w / weight_sum with w = lr^2, after adding w to weight_sum. Setting
+    weight_sum beforehand to w * (sum of earlier weights) / (this step's weight) makes c what it
+    was; the sum has a closed form in k, so no state is added.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        for group in self.param_groups:
+            k, (_, beta2) = group["k"], group["betas"]
+            earlier = k - beta2 * (1 - beta2**k) / (1 - beta2)
+            group["weight_sum"] = group["lr"] ** 2 * earlier / (1 - beta2 ** (k + 1))
+        loss: float | None = super().step(closure)
+        return loss
+
+
 @dataclass(frozen=True)
 class OptimizerSpec:
     """A registered optimizer: the learning rate it is usually run at, and how to make it."""
@@ -38,7 +60,7 @@ _OPTIMIZERS.add(
         "Schedule-Free AdamW, betas (0.9, 0.999): the paper's",
         5e-3,
         True,
-        lambda p, lr, wd: AdamWScheduleFree(p, lr=lr, betas=(0.9, 0.999), weight_decay=wd),
+        lambda p, lr, wd: PaperAdamWScheduleFree(p, lr=lr, betas=(0.9, 0.999), weight_decay=wd),
     ),
 )
 _OPTIMIZERS.add(
