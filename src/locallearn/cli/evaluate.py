@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -44,10 +44,10 @@ def evaluate(
     """Accuracy, per-class accuracy and the confusion matrix of a trained network."""
     import torch
 
-    from locallearn.data import ImageLoader
     from locallearn.engine import choose_device, load_trained
     from locallearn.engine import evaluate as evaluate_on
     from locallearn.engine.files import write_atomically, write_json
+    from locallearn.engine.setup import evaluation_loader, recalibrate, training_loader
 
     if split not in _SPLITS:
         raise UserError(f"unknown split {split!r}. Valid: {', '.join(_SPLITS)}.")
@@ -61,8 +61,8 @@ def evaluate(
         raise UserError("the run held no validation images out (--val-split); use --split test.")
     learner = trained.learner.to(place)
     if trained.needs_recalibration:
-        _recalibrate(trained, dataset, place)
-    loader = ImageLoader(source, trained.config.inputs, batch_size=batch_size, device=place)
+        recalibrate(learner, training_loader(trained.config.settings, dataset, place))
+    loader = evaluation_loader(source, dataset, batch_size, place)
     result = evaluate_on(learner, loader, len(trained.config.class_names))
 
     names = trained.config.class_names
@@ -93,19 +93,9 @@ def evaluate(
 
 def _load_data(trained: Trained, data_dir: str | None) -> Dataset:
     """The run's data, seen as the run's network was trained to see it."""
-    from locallearn.data import load_dataset
+    from locallearn.engine.setup import load_data
 
-    s = trained.config.settings
-    dataset = load_dataset(
-        s.dataset,
-        data_dir=data_dir or s.data_dir,
-        augment=s.augment,
-        image_size=s.image_size,
-        limit_train=s.limit_train,
-        limit_test=s.limit_test,
-        val_split=s.val_split,
-        seed=s.seed,
-    )
+    dataset = load_data(trained.config.settings, data_dir)
     if dataset.class_names != trained.config.class_names:
         raise UserError(
             f"the data has other classes than the network was trained on: "
@@ -113,27 +103,6 @@ def _load_data(trained: Trained, data_dir: str | None) -> Dataset:
             f"{', '.join(trained.config.class_names)}."
         )
     return replace(dataset, inputs=trained.config.inputs)
-
-
-def _recalibrate(trained: Trained, dataset: Dataset, device: Any) -> None:
-    """BatchNorm's running statistics for weights saved in the middle of an epoch."""
-    import itertools
-
-    from locallearn.data import ImageLoader
-    from locallearn.engine.trainer import RECALIBRATION_BATCHES
-
-    s = trained.config.settings
-    loader = ImageLoader(
-        dataset.train,
-        dataset.inputs,
-        batch_size=s.batch_size,
-        device=device,
-        augmentation=dataset.augmentation,
-        shuffle=True,
-        seed=s.seed,
-    )
-    batches = itertools.islice(loader.epoch(), RECALIBRATION_BATCHES)
-    trained.learner.recalibrate(images for images, _ in batches)
 
 
 def _print(

@@ -5,7 +5,6 @@ It prints nothing; an observer is told what happens.
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 import time
@@ -16,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from locallearn.data import Dataset, ImageLoader, load_dataset
+from locallearn.data import Dataset
 from locallearn.engine.config import TrainConfig, differing_settings
 from locallearn.engine.environment import describe_environment
 from locallearn.engine.evaluation import evaluate
@@ -29,13 +28,15 @@ from locallearn.engine.run import (
     load_checkpoint,
     save_checkpoint,
 )
+from locallearn.engine.setup import (
+    build_learner,
+    evaluation_loader,
+    load_data,
+    recalibrate,
+    training_loader,
+)
 from locallearn.engine.weights import save_weights
 from locallearn.errors import UserError
-from locallearn.models import build_model
-
-# Batches that BatchNorm's running statistics are re-estimated on before an evaluation, where the
-# optimizer evaluates at other weights than it trains at (as the authors do).
-RECALIBRATION_BATCHES = 50
 
 # Steps between looks at the losses for NaN and infinity where looking makes the host wait for
 # the device. On the CPU every step is looked at.
@@ -150,22 +151,11 @@ class Trainer:
         torch.set_num_threads(settings.num_threads)
         torch.manual_seed(settings.seed)
         self.device = torch.device(settings.device)
-        model = build_model(
-            settings.model,
-            num_classes=dataset.num_classes,
-            in_channels=dataset.inputs.num_channels,
-            image_size=dataset.inputs.image_size,
-            dropout=settings.dropout,
-        ).to(self.device)
-        self.learner = LocalLearner(
-            model,
-            settings.build_rule(),
-            num_classes=dataset.num_classes,
-            optimizer=settings.optimizer,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            precision=settings.precision,
-            channels_last=settings.channels_last,
+        self.learner = build_learner(
+            settings,
+            dataset.inputs,
+            dataset.num_classes,
+            device=self.device,
             compile=settings.compile,
         )
         self.schedules = {
@@ -175,25 +165,14 @@ class Trainer:
         }
         self._recalibrates = optimizer_spec(settings.optimizer).is_schedule_free
         self._num_classes = dataset.num_classes
-        self.train_loader = ImageLoader(
-            dataset.train,
-            dataset.inputs,
-            batch_size=settings.batch_size,
-            device=self.device,
-            augmentation=dataset.augmentation,
-            shuffle=True,
-            seed=settings.seed,
-        )
+        self.train_loader = training_loader(settings, dataset, self.device)
         if self.train_loader.num_images < 2:
             raise UserError("a training set of one image is too small: BatchNorm needs two.")
-
-        def test_loader(part: Any) -> ImageLoader:
-            return ImageLoader(
-                part, dataset.inputs, batch_size=settings.test_batch_size, device=self.device
-            )
-
-        self.test_loader = test_loader(dataset.test)
-        self.val_loader = test_loader(dataset.val) if dataset.val is not None else None
+        size = settings.test_batch_size
+        self.test_loader = evaluation_loader(dataset.test, dataset, size, self.device)
+        self.val_loader = None
+        if dataset.val is not None:
+            self.val_loader = evaluation_loader(dataset.val, dataset, size, self.device)
 
         # Where the run is; all of it goes into the checkpoint.
         self.epoch = 0
@@ -217,7 +196,7 @@ class Trainer:
         run = RunDirectory(out)
         run.check_free()
         settings = settings.resolve()
-        dataset = _load(settings)
+        dataset = load_data(settings)
         config = RunConfig(
             settings=settings,
             inputs=dataset.inputs,
@@ -266,7 +245,7 @@ class Trainer:
             )
         checkpoint = load_checkpoint(run.checkpoint_path) if run.checkpoint_path.exists() else None
         settings = replace(config.settings, data_dir=data_dir)
-        dataset = _load(settings.resolve())
+        dataset = load_data(settings)
         if dataset.fingerprint() != config.data["fingerprint"]:
             raise UserError(
                 f"the data of {directory} has changed since it was started "
@@ -354,9 +333,7 @@ class Trainer:
         epoch = self.epoch + 1
         self.observer.on_evaluation(epoch)
         if self._recalibrates:
-            batches = self.train_loader.epoch(self.epoch)
-            some = itertools.islice(batches, RECALIBRATION_BATCHES)
-            self.learner.recalibrate(images for images, _ in some)
+            recalibrate(self.learner, self.train_loader, self.epoch)
         self.learner.eval()
         test = evaluate(self.learner, self.test_loader, self._num_classes)
         val = None
@@ -513,19 +490,6 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
-
-
-def _load(settings: TrainConfig) -> Dataset:
-    return load_dataset(
-        settings.dataset,
-        data_dir=settings.data_dir,
-        augment=settings.augment,
-        image_size=settings.image_size,
-        limit_train=settings.limit_train,
-        limit_test=settings.limit_test,
-        val_split=settings.val_split,
-        seed=settings.seed,
-    )
 
 
 def _tensorboard_tag(column: str) -> str:

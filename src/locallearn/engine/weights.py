@@ -14,8 +14,8 @@ from torch import Tensor
 from locallearn.engine.files import write_atomically
 from locallearn.engine.learner import LocalLearner
 from locallearn.engine.run import RunConfig, RunDirectory, load_checkpoint
+from locallearn.engine.setup import build_learner
 from locallearn.errors import UserError
-from locallearn.models import build_model
 
 _METADATA_KEY = "locallearn"
 
@@ -73,30 +73,10 @@ def load_trained(path: Path) -> Trained:
     return _from_checkpoint(path)
 
 
-def _build(config: RunConfig) -> LocalLearner:
-    settings = config.settings
-    model = build_model(
-        settings.model,
-        num_classes=len(config.class_names),
-        in_channels=config.inputs.num_channels,
-        dropout=settings.dropout,
-    )
-    return LocalLearner(
-        model,
-        settings.build_rule(),
-        num_classes=len(config.class_names),
-        optimizer=settings.optimizer,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        precision=settings.precision,
-        channels_last=settings.channels_last,
-    )
-
-
 def _from_checkpoint(path: Path) -> Trained:
     state = load_checkpoint(path)
     config = RunConfig.from_json(state.get("config"), path)
-    learner = _build(config)
+    learner = build_learner(config.settings, config.inputs, len(config.class_names))
     try:
         learner.load_training_state(state["learner"])
         mid_epoch = state["step"] > 0
@@ -119,7 +99,7 @@ def _from_safetensors(path: Path) -> Trained:
     if _METADATA_KEY not in metadata:
         raise UserError(f"{path} can't be read: it was not written by locallearn.")
     config = RunConfig.from_json(json.loads(metadata[_METADATA_KEY]), path)
-    learner = _build(config)
+    learner = build_learner(config.settings, config.inputs, len(config.class_names))
     learner.eval()
     try:
         for prefix, module in (("model.", learner.model), ("heads.", learner.heads)):

@@ -1,0 +1,93 @@
+"""What a config stands for: its data, its learner, its loaders."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from locallearn.data import Dataset, ImageLoader, ImageSource, InputSpec, load_dataset
+from locallearn.engine.config import TrainConfig
+from locallearn.engine.learner import LocalLearner
+from locallearn.models import build_model
+
+# Batches that BatchNorm's running statistics are re-estimated on before an evaluation, where the
+# optimizer evaluates at other weights than it trains at (as the authors do).
+RECALIBRATION_BATCHES = 50
+
+
+def load_data(settings: TrainConfig, data_dir: str | None = None) -> Dataset:
+    """The run's dataset, from ``data_dir`` where it has moved there."""
+    return load_dataset(
+        settings.dataset,
+        data_dir=data_dir or settings.data_dir,
+        augment=settings.augment,
+        image_size=settings.image_size,
+        limit_train=settings.limit_train,
+        limit_test=settings.limit_test,
+        val_split=settings.val_split,
+        seed=settings.seed,
+    )
+
+
+def build_learner(
+    settings: TrainConfig,
+    inputs: InputSpec,
+    num_classes: int,
+    *,
+    device: torch.device | None = None,
+    compile: bool = False,
+) -> LocalLearner:
+    """A fresh learner as the settings say.
+
+    Arguments:
+        settings: resolved.
+        inputs: what the network will see.
+        num_classes: K.
+        device: where it trains; the CPU where None.
+        compile: whether to compile; not needed for inference alone.
+    """
+    model = build_model(
+        settings.model,
+        num_classes=num_classes,
+        in_channels=inputs.num_channels,
+        image_size=inputs.image_size,
+        dropout=settings.dropout,
+    )
+    return LocalLearner(
+        model.to(device),
+        settings.build_rule(),
+        num_classes=num_classes,
+        optimizer=settings.optimizer,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        precision=settings.precision,
+        channels_last=settings.channels_last,
+        compile=compile,
+    )
+
+
+def training_loader(settings: TrainConfig, dataset: Dataset, device: torch.device) -> ImageLoader:
+    """Shuffled and augmented batches of the training set."""
+    return ImageLoader(
+        dataset.train,
+        dataset.inputs,
+        batch_size=settings.batch_size,
+        device=device,
+        augmentation=dataset.augmentation,
+        shuffle=True,
+        seed=settings.seed,
+    )
+
+
+def evaluation_loader(
+    source: ImageSource, dataset: Dataset, batch_size: int, device: torch.device
+) -> ImageLoader:
+    """Batches of a part in its own order, cropped at the centre."""
+    return ImageLoader(source, dataset.inputs, batch_size=batch_size, device=device)
+
+
+def recalibrate(learner: LocalLearner, loader: ImageLoader, epoch: int = 0) -> None:
+    """Re-estimate BatchNorm's running statistics on the first batches of a training epoch."""
+    batches = itertools.islice(loader.epoch(epoch), RECALIBRATION_BATCHES)
+    learner.recalibrate(images for images, _ in batches)
