@@ -108,33 +108,24 @@ def _load_data(trained: Trained, data_dir: str | None) -> Dataset:
 def _print(
     result: Evaluation, names: tuple[str, ...], trained: Trained, split: str, num: int
 ) -> None:
-    console = Console(highlight=False)
     where = f" after {trained.num_epochs} epochs" if trained.num_epochs is not None else ""
-    console.print(
+    print(
         f"{trained.origin}{where}: accuracy {result.accuracy:.2f} %, loss {result.loss:.4f} "
-        f"on {num:,} {split} images",
-        soft_wrap=True,
-        markup=False,
+        f"on {num:,} {split} images"
     )
-    counts, accuracy = result.confusion, result.class_accuracy
-    if len(names) <= _MAX_CLASSES_AS_MATRIX:
-        table = Table(title="true class by row, predicted by column", title_justify="left")
-        table.add_column("class")
-        table.add_column("accuracy", justify="right")
-        for name in names:
-            table.add_column(name[:6], justify="right")
-        for i, name in enumerate(names):
-            cells = [str(c) if c else "." for c in counts[i].tolist()]
-            cells[i] = f"[bold]{cells[i]}[/bold]"
-            table.add_row(name, f"{accuracy[i]:.2f} %", *cells)
-        console.print(table)
-        return
+    counts = result.confusion
+    totals, accuracy = counts.sum(dim=1).tolist(), result.class_accuracy.tolist()
     table = Table(title="accuracy by class", title_justify="left")
-    table.add_column("class")
-    table.add_column("accuracy", justify="right")
-    for i in accuracy.argsort().tolist():
-        table.add_row(names[i], f"{accuracy[i]:.2f} %")
+    for heading in ("", "class", "images", "accuracy"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for i, name in enumerate(names):
+        table.add_row(str(i), name, f"{totals[i]:,}", f"{accuracy[i]:.2f} %" if totals[i] else "-")
+    console = Console(highlight=False)
     console.print(table)
+    if len(names) <= _MAX_CLASSES_AS_MATRIX:
+        for line in _matrix_lines(counts.tolist(), names):
+            print(line)
+        return
     wrong = counts.clone().fill_diagonal_(0)
     worst = wrong.flatten().argsort(descending=True)[:_NUM_CONFUSIONS].tolist()
     table = Table(title="most frequent confusions", title_justify="left")
@@ -145,3 +136,15 @@ def _print(
         if wrong[row, column]:
             table.add_row(names[row], names[column], str(int(wrong[row, column])))
     console.print(table)
+
+
+def _matrix_lines(counts: list[list[int]], names: tuple[str, ...]) -> list[str]:
+    """The confusion matrix in columns just wide enough, which a table of rich's would squeeze."""
+    cell = 1 + max(len(str(count)) for row in counts for count in row)
+    margin = max(len(f"{i} {name}") for i, name in enumerate(names))
+    lines = ["images of each true class (row) by predicted class (column)"]
+    lines.append(" " * margin + "".join(f"{i:{cell}}" for i in range(len(names))))
+    for i, (row, name) in enumerate(zip(counts, names, strict=True)):
+        label = f"{i:{len(str(len(names) - 1))}} {name}"
+        lines.append(f"{label:{margin}}" + "".join(f"{count or '.':>{cell}}" for count in row))
+    return lines

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _NOT_SETTINGS = ("out", "resume", "quiet")
 
 
-def _option(help: str, panel: str, **more: Any) -> Any:
-    return typer.Option(help=help, rich_help_panel=panel, show_default=False, **more)
+def _option(help: str, panel: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
 
 
 _DATA, _MODEL, _RULE, _OPTIM = "Data", "Model", "Rule", "Training"
@@ -143,7 +143,7 @@ def train(
         str | None,
         _option("Run directory to continue, exactly; it needs no other flag.", _RUN),
     ] = None,
-    quiet: Annotated[bool, _option("Print only the result.", _RUN)] = False,
+    quiet: Annotated[bool, _option("Print only the result.", _RUN, "--quiet")] = False,
 ) -> int:
     """Train a network, by default smallconv with LLS on scikit-learn's digits."""
     given = {
