@@ -24,6 +24,7 @@ from locallearn.data import (
 )
 from locallearn.data.dataset import stratified_order, stratified_split
 from locallearn.data.images import decode_all
+from locallearn.data.reading import read_header
 
 CPU = torch.device("cpu")
 MakeFolder = Callable[..., Path]
@@ -240,6 +241,8 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # shown turned by 90 degrees clockwise
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     source = FileImages([tmp_path / "turned.png"], torch.zeros(1, dtype=torch.int64), 1, None)
+    header = read_header(tmp_path / "turned.png")
+    assert (header.height, header.width) == (20, 10)
     decoded = decode_all(source)
     assert (decoded.heights.item(), decoded.widths.item()) == (20, 10)
     assert decoded.pixels.view(20, 10)[:10].min() == 255

@@ -20,6 +20,8 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm"}
 )
 _GRAY_MODES = frozenset({"1", "L"})
+_ORIENTATION_TAG = 0x0112
+_FIRST_TURNED = 5
 
 # Files a reader process hands over at a time, and from how many on processes are worth starting.
 _CHUNK = 256
@@ -42,7 +44,7 @@ def read_header(path: Path) -> ImageHeader:
     """What a file says of itself, without decoding it. Raises OSError where it is no image."""
     with _open(path) as image:
         width, height = image.size
-        if image.format in ("JPEG", "TIFF", "MPO") and _is_turned(image):
+        if _orientation(image) >= _FIRST_TURNED:
             width, height = height, width
         return ImageHeader(height, width, image.mode in _GRAY_MODES)
 
@@ -65,7 +67,8 @@ def read_image(path: Path, num_channels: int, resize: int | None = None) -> np.n
     with _open(path) as image:
         if resize is not None:
             image.draft(mode, (resize, resize))  # lets JPEG decode at a smaller scale
-        picture = ImageOps.exif_transpose(image).convert(mode)
+        upright = ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
+        picture = upright.convert(mode)
     if resize is not None:
         width, height = resized(picture.width, picture.height, resize)
         if (width, height) != picture.size:
@@ -92,9 +95,13 @@ def _open(path: Path) -> Image.Image:
         raise OSError(str(error)) from error
 
 
-def _is_turned(image: Image.Image) -> bool:
-    orientation_tag, first_turned = 0x0112, 5
-    return bool(image.getexif().get(orientation_tag, 1) >= first_turned)
+def _orientation(image: Image.Image) -> int:
+    """EXIF's: 1 upright, 2 to 4 mirrored or upside down, 5 to 8 lying on a side."""
+    # Most files have none, and asking takes as long as decoding a 32x32 image.
+    if "exif" not in image.info and image.format != "TIFF":
+        return 1
+    value = image.getexif().get(_ORIENTATION_TAG, 1)
+    return value if isinstance(value, int) else 1
 
 
 def try_read(read: Callable[..., Any], *args: Any) -> Callable[[Path], Any]:
