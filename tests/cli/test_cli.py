@@ -294,6 +294,10 @@ def test_errors_of_a_run(capsys, make_folder) -> None:
         (["evaluate", "run", "--split", "tests"], r"unknown split 'tests'"),
         (["evaluate", "run", "--batch-size", "0"], r"--batch-size must be at least 1"),
         (["evaluate", "run", "--plot", "c.xyz"], r"--plot c.xyz: "),
+        (["evaluate", "run", "--plot", "."], r"--plot . is a directory; give a file"),
+        (["evaluate", "run", "--json", "no/e.json"], r"--json no/e.json: there is no directory no"),
+        (["train", "--resume", "run", "--epochs", "9"], r"other settings: --epochs \(run: 2, give"),
+        (["train", "--out", ""], r"--out is empty"),
         (["predict", "run", "nothing.png"], r"no such image files: nothing.png"),
         (["predict", "run", text_file("fake.png")], r"unreadable images: fake.png"),
         (["predict", "run", "x.png", "--top", "0"], r"--top must be at least 1"),
@@ -304,6 +308,35 @@ def test_errors_of_a_run(capsys, make_folder) -> None:
     code = main(["train", "--resume", "run", "--lr", "0.1", "--seed", "0"])
     line = assert_one_line_error(code, capsys.readouterr())
     assert "made with other settings: --lr (run: 0.005, given: 0.1). Leave" in line
+
+
+def test_evaluate_on_data_of_another_shape(capsys, make_folder) -> None:
+    root, other = make_folder("one"), make_folder("two", sizes=((12, 14),))
+    arguments = ["--dataset", "folder", "--data-dir", str(root), "--epochs", "1", "--quiet"]
+    assert main(["train", *arguments, "--out", "run"]) == 0
+    capsys.readouterr()
+    code = main(["evaluate", "run", "--data-dir", str(other)])
+    line = assert_one_line_error(code, capsys.readouterr())
+    assert "image_size (12, 14), the network was trained with (12, 12)" in line
+
+
+def test_relative_data_and_odd_names(capsys, make_folder, monkeypatch, tmp_path) -> None:
+    """Resumed from another folder; class names that rich or the terminal would trip over."""
+    make_folder("d", classes=("[bold", "[red]", "\u9b5a"))
+    arguments = ["--dataset", "folder", "--data-dir", "d", "--epochs", "2", "--quiet"]
+    assert main(["train", *arguments, "--out", "run"]) == 0
+    Path("run/summary.json").write_text("{")  # as a crash of the machine may leave it
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert main(["train", "--resume", "../run"]) == 0
+    assert json.loads(Path("../run/summary.json").read_text())["epochs"] == 2
+    capsys.readouterr()
+    assert main(["evaluate", "../run"]) == 0
+    image = next((tmp_path / "d" / "test" / "[red]").iterdir())
+    assert main(["predict", "../run", str(image), "--top", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("[bold") == 3
+    assert "[red]" in out
 
 
 def test_a_full_disk_is_one_line_and_can_be_resumed() -> None:
@@ -330,5 +363,5 @@ def test_no_network_is_one_line(capsys, monkeypatch) -> None:
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", refuse)
     code = main(["train", "--dataset", "mnist", "--data-dir", "data"])
-    assert "could not be downloaded" in assert_one_line_error(code, capsys.readouterr())
+    assert "nor be downloaded" in assert_one_line_error(code, capsys.readouterr())
     assert not Path("data").exists()

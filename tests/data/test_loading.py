@@ -24,7 +24,7 @@ from locallearn.data import (
 )
 from locallearn.data.dataset import stratified_order, stratified_split
 from locallearn.data.images import decode_all
-from locallearn.data.reading import read_header
+from locallearn.data.reading import read_header, read_image
 
 CPU = torch.device("cpu")
 MakeFolder = Callable[..., Path]
@@ -141,7 +141,7 @@ def test_what_cannot_be_downloaded_leaves_nothing(tmp_path, monkeypatch) -> None
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", refuse)
-    with pytest.raises(UserError, match=r"dataset 'mnist' is not usable in .*downloaded.*Give"):
+    with pytest.raises(UserError, match=r"'mnist' can neither be read .*downloaded.*Give"):
         load_dataset("mnist", data_dir=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -246,6 +246,47 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     decoded = decode_all(source)
     assert (decoded.heights.item(), decoded.widths.item()) == (20, 10)
     assert decoded.pixels.view(20, 10)[:10].min() == 255
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 20_000, np.uint16)).save(tmp_path / "deep.png")
+    assert read_header(tmp_path / "deep.png").is_gray
+    assert set(read_image(tmp_path / "deep.png", 1).flatten().tolist()) == {20_000 // 257}
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="no known range"):
+        read_image(tmp_path / "float.tif", 1)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "1"])
+def test_other_modes_are_converted(tmp_path: Path, mode: str) -> None:
+    suffix = "tif" if mode == "CMYK" else "png"
+    Image.new("RGB", (5, 4), (255, 255, 255)).convert(mode).save(tmp_path / f"x.{suffix}")
+    pixels = read_image(tmp_path / f"x.{suffix}", 3)
+    assert pixels.shape == (4, 5, 3)
+    assert pixels.min() == 255
+
+
+def test_a_failed_download_removes_only_what_it_made(tmp_path, monkeypatch) -> None:
+    import torchvision
+
+    def refuse(self) -> None:
+        (Path(self.root) / "MNIST" / "raw").mkdir(parents=True)
+        raise AssertionError("broken file")
+
+    (tmp_path / "project" / ".git" / "refs").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", refuse)
+    with pytest.raises(UserError, match=r"neither be read .* nor be downloaded .*broken file"):
+        load_dataset("mnist", data_dir=tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_readers_leave_torchs_random_numbers_alone(make_folder: MakeFolder) -> None:
+    root = make_folder()
+    state = torch.get_rng_state()
+    data = load_dataset("folder", data_dir=root, memory_limit_bytes=0)
+    everything(ImageLoader(data.train, data.inputs, batch_size=4, device=CPU, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def damage(root: Path, what: str) -> None:
@@ -406,8 +447,22 @@ def test_prediction_sees_what_testing_sees(make_folder: MakeFolder) -> None:
     data = load_dataset("folder", data_dir=root, image_size=16)
     tested, _ = everything(ImageLoader(data.test, data.inputs, batch_size=6, device=CPU))
     paths = sorted((root / "test").rglob("*.png"))
-    torch.testing.assert_close(read_for_prediction(paths, data.inputs), tested[0])
+    (seen,) = read_for_prediction(paths, data.inputs)
+    torch.testing.assert_close(seen, tested[0])
     small = load_dataset("folder", data_dir=make_folder("equal"))
-    assert read_for_prediction(paths, small.inputs).shape == (6, 3, 12, 12)
+    shapes = [tuple(x.shape) for x in read_for_prediction(paths, small.inputs, batch_size=4)]
+    assert shapes == [(4, 3, 12, 12), (2, 3, 12, 12)]
     with pytest.raises(UserError, match=r"no such image files: .*nothing.png"):
-        read_for_prediction([root / "nothing.png"], data.inputs)
+        list(read_for_prediction([root / "nothing.png"], data.inputs))
+
+
+@pytest.mark.parametrize("size", [(12, 20), (20, 12), (7, 7), (1, 30)])
+def test_prediction_covers_the_crop_whatever_the_images_size(tmp_path: Path, size) -> None:
+    inputs = InputSpec(size, 1, mean=(0.0,), std=(1.0,))
+    paths = []
+    for height, width in ((19, 31), (23, 38), (25, 40), (5, 5), (1, 9), (300, 7)):
+        paths.append(tmp_path / f"{height}x{width}.png")
+        Image.fromarray(np.full((height, width), 255, np.uint8)).save(paths[-1])
+    (seen,) = read_for_prediction(paths, inputs)
+    assert seen.shape == (6, 1, *size)
+    torch.testing.assert_close(seen, torch.ones_like(seen))

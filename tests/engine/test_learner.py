@@ -408,9 +408,38 @@ def test_layers_outside_of_blocks_get_no_gradient_through_them() -> None:
     learner = LocalLearner(
         Residual(), "lls", num_classes=4, blocks=["mlp"], example_input=images, optimizer=sgd
     )
-    moved = gradients(learner, images, labels)
+    with pytest.warns(UserWarning, match=r"no block holds stem.0.weight, .* will not train"):
+        moved = gradients(learner, images, labels)
     assert all(moved[f"model.{n}"].abs().max() == 0 for n in ("stem.0.weight", "right.weight"))
     assert moved["model.out.weight"].abs().max() > 0
+
+
+def test_a_model_that_ends_in_a_block() -> None:
+    images, labels = batch(16, classes=4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    learner = LocalLearner(model, "lls", num_classes=4, blocks=["1"], example_input=images)
+    first = learner.step(images, labels).block_losses["1"]
+    for _ in range(10):
+        last = learner.step(images, labels).block_losses["1"]
+    assert last < first
+
+
+def test_a_forward_that_another_library_put_there_stays() -> None:
+    model = build_model("smallconv")
+    theirs = model.conv1.forward
+    model.conv1.forward = theirs
+    LocalLearner(model, "lls").step(*batch(size=16))
+    assert vars(model.conv1)["forward"] is theirs
+
+
+def test_a_latent_rule_sees_float32_under_bf16() -> None:
+    learner = LocalLearner(build_model("smallconv"), "lls", precision="bf16")
+    seen = []
+    head = learner.heads[0]
+    signal = head.signal
+    head.signal = lambda latents, labels: (seen.append(latents.dtype), signal(latents, labels))[1]
+    learner.step(*batch(size=16))
+    assert seen == [torch.float32]
 
 
 class Twice(nn.Module):
@@ -449,6 +478,22 @@ class Twice(nn.Module):
             r"unknown optimizer 'adamww'. Did you mean 'adamw'",
         ),
         (lambda: LocalLearner(build_model("smallconv"), "lls", lr=0.0), r"lr must be above 0"),
+        (
+            lambda: LocalLearner(build_model("smallconv"), "lls", optimizer=sgd, lr=0.1),
+            r"lr and weight_decay belong to a named optimizer",
+        ),
+        (
+            lambda: LocalLearner(build_model("smallconv"), "lls", num_classes=7),
+            r"num_classes is 7, but the model has 10 classes",
+        ),
+        (
+            lambda: LocalLearner(Residual(), "lls", num_classes=4, blocks=[]),
+            r"blocks=\[\] names no block",
+        ),
+        (
+            lambda: LocalLearner(build_model("smallconv"), "lls").recalibrate([]),
+            r"recalibrate needs at least one batch",
+        ),
         (
             lambda: LocalLearner(build_model("smallconv"), "lls", weight_decay=-1.0),
             r"weight_decay must be at least 0",
@@ -504,6 +549,38 @@ def test_a_state_of_another_model_is_refused() -> None:
     other = LocalLearner(build_model("vgg8"), "lls")
     with pytest.raises(RuntimeError, match="Missing key"):
         other.load_training_state(state)
+
+
+def test_inference_after_training_measures_the_statistics_by_itself() -> None:
+    """As the training loop does, on the batches that the learner held on to."""
+    images, _ = batch(16, size=16)
+    batches = [batch(16, size=16) for _ in range(10)]
+    learners = []
+    for number in (8, 0):
+        torch.manual_seed(1)
+        learner = LocalLearner(
+            build_model("smallconv"), "lls", lr=0.1, recalibration_batches=number
+        )
+        for x, y in batches:
+            learner.step(x, y)
+        learners.append(learner)
+    by_itself, by_hand = learners
+    stale = by_hand(images)
+    by_hand.recalibrate(x for x, _ in batches[2:])
+    assert torch.equal(by_itself(images), by_hand(images))
+    assert not torch.allclose(stale, by_hand(images), rtol=0.1)
+    before = by_itself.model.conv1.norm.running_mean.clone()
+    by_itself(images)  # once is enough
+    assert torch.equal(before, by_itself.model.conv1.norm.running_mean)
+
+
+def test_plain_optimizers_leave_the_statistics_alone() -> None:
+    images, labels = batch(16, size=16)
+    learner = LocalLearner(build_model("smallconv"), "lls", optimizer="adamw")
+    learner.step(images, labels)
+    before = learner.model.conv1.norm.running_mean.clone()
+    learner(images)
+    assert torch.equal(before, learner.model.conv1.norm.running_mean)
 
 
 def test_recalibration_is_the_mean_over_the_batches_at_the_evaluation_weights() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import locallearn.engine.building as building_module
 import locallearn.engine.trainer as trainer_module
 from locallearn import LocalLearner, UserError
 from locallearn.cli.console import QuietObserver
@@ -20,6 +22,13 @@ from locallearn.engine import Interrupted, Snapshot, TrainConfig, Trainer, load_
 from locallearn.engine.evaluation import evaluate
 from locallearn.engine.files import write_atomically
 from locallearn.engine.run import RunDirectory, load_checkpoint, save_checkpoint
+from locallearn.rules import (
+    LatentHead,
+    LatentRule,
+    LatentSpec,
+    register_rule,
+    unregister_rule,
+)
 
 SMALL = {"epochs": 2, "limit_train": 400, "limit_test": 60, "num_threads": 2}
 TIMINGS = {"images_per_second", "step_time_ms"}
@@ -266,6 +275,12 @@ def spoil(run_directory: RunDirectory, what: str) -> None:
         value = json.loads(run_directory.config_path.read_text())
         del value["inputs"]
         run_directory.config_path.write_text(json.dumps(value))
+    elif what in ("edited number", "edited null", "setting gone"):
+        value = json.loads(run_directory.config_path.read_text())
+        value["settings"]["epochs"] = {"edited number": "many", "edited null": None}.get(what, 2)
+        if what == "setting gone":
+            del value["settings"]["rule"]
+        run_directory.config_path.write_text(json.dumps(value))
     elif what == "missing":
         shutil.rmtree(run_directory.path)
 
@@ -283,6 +298,9 @@ def spoil(run_directory: RunDirectory, what: str) -> None:
         ("broken config", r"config.json is no valid JSON"),
         ("foreign config", r"config.json was not written by locallearn"),
         ("cut config", r"config.json is incomplete or was edited \(KeyError\('inputs'\)\)"),
+        ("edited number", r"a setting of the run has the wrong type"),
+        ("edited null", r"settings of the run have no value: epochs"),
+        ("setting gone", r"settings are not those of this version: rule"),
         ("missing", r"is no directory; expected a run directory"),
     ],
 )
@@ -334,6 +352,67 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
         trainer.fit()
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["epoch"] == 1
     assert len(rows(tmp_path / "run")) == 1
+
+
+def test_weights_that_the_last_step_breaks_are_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"test loss that is NaN or infinite after epoch 1. No ep"):
+        run(tmp_path / "run", limit_train=128, lr=1e38)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    interrupted(tmp_path / "a")
+    interrupted(tmp_path / "b", seed=1)
+    shutil.copy(tmp_path / "b" / "checkpoint.pt", tmp_path / "a" / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"is of another run than the config.json beside it"):
+        Trainer.resume(tmp_path / "a", Recorder())
+
+
+@pytest.mark.parametrize("free_then", [0, 1 << 40], ids=["streamed", "in memory"])
+def test_where_images_are_kept_is_the_runs_own(
+    tmp_path: Path, make_folder, monkeypatch, free_then: int
+) -> None:
+    """Resumed with other free memory, streaming and dropout on, as if never stopped."""
+    settings = {"dataset": "folder", "data_dir": str(make_folder(per_class=20))}
+    settings |= {"dropout": 0.3, "batch_size": 8, "limit_train": None, "augment": "standard"}
+    monkeypatch.setattr(building_module, "free_memory_bytes", lambda: free_then)
+    run(tmp_path / "whole", **settings)
+    trainer = Trainer.start(TrainConfig(**{**SMALL, **settings}), tmp_path / "cut", Recorder())
+    step = trainer.learner.step
+
+    def stopping(images, labels):
+        trainer.stop_signal = 15 if trainer.step == 2 else None
+        return step(images, labels)
+
+    trainer.learner.step = stopping
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    monkeypatch.setattr(building_module, "free_memory_bytes", lambda: (1 << 40) - free_then)
+    Trainer.resume(tmp_path / "cut", Recorder()).fit()
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_rule_without_logits_trains(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Silent(LatentRule):
+        name = "silent"
+        summary = "a loss without logits"
+        trains = "nothing"
+
+        def build_head(self, spec: LatentSpec) -> LatentHead:
+            return SilentHead()
+
+    class SilentHead(LatentHead):
+        def loss(self, latents, labels):
+            return (latents.mean(dim=1) - labels).square().mean(), None
+
+    register_rule(Silent)
+    try:
+        run(tmp_path / "run", rule="silent")
+    finally:
+        unregister_rule("silent")
+    assert "conv1_loss" in rows(tmp_path / "run")[0]
+    assert "conv1_acc" not in rows(tmp_path / "run")[0]
 
 
 def test_losses_are_found_late_with_their_step(tmp_path: Path, monkeypatch) -> None:
@@ -445,6 +524,9 @@ def test_progress(tmp_path: Path) -> None:
         ({"lr": float("nan")}, r"--lr must be above 0, got nan"),
         ({"weight_decay": -1.0}, r"--weight-decay must be at least 0"),
         ({"num_threads": 0}, r"--num-threads must be at least 1"),
+        ({"num_threads": 100_000}, r"at most 1024, got 100000"),
+        ({"weight_decay": float("nan")}, r"--weight-decay must be at least 0, got nan"),
+        ({"temperature": float("inf")}, r"temperature must be above 0, got inf"),
         ({"seed": -1}, r"--seed must be between 0 and"),
         ({"device": "gpu"}, r"unknown device 'gpu'.* Valid: auto, cpu, cuda, mps"),
         ({"precision": "fp16"}, r"unknown precision 'fp16'"),
@@ -495,6 +577,8 @@ def test_weights_from_run_checkpoint_and_file_agree(tmp_path: Path) -> None:
 def test_a_checkpoint_from_the_middle_of_an_epoch_wants_statistics(tmp_path: Path) -> None:
     interrupted(tmp_path / "run")
     assert load_trained(tmp_path / "run").needs_recalibration
+    interrupted(tmp_path / "plain", optimizer="adamw")
+    assert not load_trained(tmp_path / "plain").needs_recalibration
 
 
 def test_what_is_no_run_is_one_clear_error(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from locallearn.errors import UserError
@@ -46,13 +47,16 @@ def evaluate(
 
     from locallearn.engine import choose_device, load_trained
     from locallearn.engine import evaluate as evaluate_on
-    from locallearn.engine.files import write_atomically, write_json
-    from locallearn.engine.setup import evaluation_loader, recalibrate, training_loader
+    from locallearn.engine.building import evaluation_loader, recalibrate, training_loader
+    from locallearn.engine.files import check_target, write_atomically, write_json
 
     if split not in _SPLITS:
         raise UserError(f"unknown split {split!r}. Valid: {', '.join(_SPLITS)}.")
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {batch_size}.")
+    for given, name in ((plot, "--plot"), (json, "--json")):
+        if given is not None:
+            check_target(Path(given), name)
     place = torch.device(choose_device(device))
     trained = load_trained(Path(run))
     dataset = _load_data(trained, data_dir)
@@ -93,16 +97,25 @@ def evaluate(
 
 def _load_data(trained: Trained, data_dir: str | None) -> Dataset:
     """The run's data, seen as the run's network was trained to see it."""
-    from locallearn.engine.setup import load_data
+    from locallearn.engine.building import load_data
 
-    dataset = load_data(trained.config.settings, data_dir)
+    config = trained.config
+    in_memory = config.data["in_memory"] if data_dir is None else None
+    dataset = load_data(config.settings, data_dir=data_dir, in_memory=in_memory)
     if dataset.class_names != trained.config.class_names:
         raise UserError(
             f"the data has other classes than the network was trained on: "
             f"{', '.join(dataset.class_names)} instead of "
             f"{', '.join(trained.config.class_names)}."
         )
-    return replace(dataset, inputs=trained.config.inputs)
+    for what in ("num_channels", "image_size", "resize"):
+        ours, theirs = getattr(config.inputs, what), getattr(dataset.inputs, what)
+        if ours != theirs:
+            raise UserError(
+                f"the data has {what} {theirs}, the network was trained with {ours}. Give data "
+                f"like that it was trained on; `predict` takes images of any size."
+            )
+    return replace(dataset, inputs=config.inputs)
 
 
 def _print(
@@ -119,7 +132,9 @@ def _print(
     for heading in ("", "class", "images", "accuracy"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
     for i, name in enumerate(names):
-        table.add_row(str(i), name, f"{totals[i]:,}", f"{accuracy[i]:.2f} %" if totals[i] else "-")
+        table.add_row(
+            str(i), escape(name), f"{totals[i]:,}", f"{accuracy[i]:.2f} %" if totals[i] else "-"
+        )
     console = Console(highlight=False)
     console.print(table)
     if len(names) <= _MAX_CLASSES_AS_MATRIX:
@@ -134,7 +149,7 @@ def _print(
     for place in worst:
         row, column = divmod(place, len(names))
         if wrong[row, column]:
-            table.add_row(names[row], names[column], str(int(wrong[row, column])))
+            table.add_row(escape(names[row]), escape(names[column]), str(int(wrong[row, column])))
     console.print(table)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from locallearn.errors import UserError
@@ -39,9 +40,10 @@ def predict(
             f"those of its weights. Finish it with `locallearn train --resume {run}`."
         )
     names = trained.config.class_names
-    batch = read_for_prediction([Path(image) for image in images], trained.config.inputs)
     learner = trained.learner.to(place)
-    probabilities = learner(batch.to(place)).softmax(dim=1).cpu()
+    batches = read_for_prediction([Path(image) for image in images], trained.config.inputs)
+    logits = torch.cat([learner(batch.to(place)).cpu() for batch in batches])
+    probabilities = logits.softmax(dim=1)
     values, classes = probabilities.topk(min(top, len(names)), dim=1)
 
     answers = [
@@ -66,5 +68,5 @@ def predict(
         images, classes.tolist(), values.tolist(), strict=True
     ):
         for rank, (c, p) in enumerate(zip(row_classes, row_values, strict=True)):
-            table.add_row("" if rank else image, names[c], f"{100 * p:.2f} %")
+            table.add_row("" if rank else escape(image), escape(names[c]), f"{100 * p:.2f} %")
     Console(highlight=False).print(table)

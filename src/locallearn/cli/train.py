@@ -152,19 +152,23 @@ def train(
         if name not in _NOT_SETTINGS and _is_from_command_line(ctx, name)
     }
     from locallearn.engine import Interrupted, RunDirectory, TrainConfig, Trainer
+    from locallearn.engine.trainer import check_same_settings
 
     observer = make_observer(quiet=quiet)
     if resume is not None:
         if out is not None:
             raise UserError("--resume and --out exclude each other: a resumed run stays in place.")
         run = RunDirectory(Path(resume))
-        run.read_config()
-        if run.is_finished:
-            test_acc = run.read_summary()["test_acc"]
-            print(f"{resume} is finished: test accuracy {test_acc:.2f} %. Nothing to do.")
+        check_same_settings(run, given)
+        results = run.read_summary()
+        if results is not None:
+            accuracy = results["test_acc"]
+            print(f"{resume} is finished: test accuracy {accuracy:.2f} %. Nothing to do.")
             return 0
         trainer = Trainer.resume(run.path, observer, given)
     else:
+        if out == "":
+            raise UserError("--out is empty; give a directory, or leave it out.")
         config = TrainConfig(**given)
         path = Path(out) if out is not None else _free_path(config)
         trainer = Trainer.start(config, path, observer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,30 +138,28 @@ def _fetch(name: str, request: LoadRequest, open_dataset: Callable[[Path], Any])
             attempt made are removed again where they are empty.
     """
     root = request.data_dir or default_data_dir()
-    existed = root.exists()
+    before = _directories(root)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # torchvision prints its progress; the command line has a voice of its own.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        # torchvision prints its failures; here they become the error. Its progress bar, on
+        # standard error, stays.
+        with contextlib.redirect_stdout(io.StringIO()):
             return open_dataset(root)
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        _remove_empty(root, keep=existed)
+    except Exception as error:  # whatever a broken or foreign file makes its reader raise
+        for directory in sorted(_directories(root) - before, reverse=True):
+            with contextlib.suppress(OSError):  # not empty
+                directory.rmdir()
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"dataset {name!r} is not usable in {root} and could not be downloaded to it "
+            f"dataset {name!r} can neither be read from {root} nor be downloaded to it "
             f"({reason}). Give --data-dir the directory that holds it, or connect to the network."
         ) from error
 
 
-def _remove_empty(root: Path, *, keep: bool) -> None:
-    def folders() -> Iterator[Path]:
-        yield from sorted((p for p in root.rglob("*") if p.is_dir()), reverse=True)
-        if not keep:
-            yield root
-
-    for folder in folders():
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+def _directories(root: Path) -> set[Path]:
+    """``root`` and what torchvision may make below it (NAME and NAME/raw), where they exist."""
+    places = [root, *root.glob("*"), *root.glob("*/raw")]
+    return {place for place in places if place.is_dir()}
 
 
 _MNIST_RECIPE = Augmentation(pad=4, random_crop=True)

@@ -164,7 +164,9 @@ def load_dataset(
         data_dir=Path(data_dir) if data_dir is not None else None,
         augment=augment,
         image_size=image_size,
-        memory_limit_bytes=memory_limit_bytes or free_memory_bytes() // 4,
+        memory_limit_bytes=(
+            free_memory_bytes() // 4 if memory_limit_bytes is None else memory_limit_bytes
+        ),
     )
     dataset = spec.load(request)
     if dataset.num_classes < 2:

@@ -6,6 +6,7 @@ C channels.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from locallearn.data.augment import Augmentation, Draws, crop_corner
-from locallearn.data.reading import num_workers_for, read_all, read_image, try_read
+from locallearn.data.reading import num_workers_for, read_all, read_image, try_read, worker_settings
 from locallearn.errors import UserError
 
 
@@ -114,11 +115,11 @@ class MemoryImages:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> MemoryImages:
-        heights, widths, offsets = (t[indices] for t in (self.heights, self.widths, self.offsets))
-        areas = heights * widths
-        starts = torch.cumsum(areas, 0) - areas
-        pixel = torch.repeat_interleave(offsets - starts, areas) + torch.arange(int(areas.sum()))
-        return MemoryImages(self.pixels[pixel], heights, widths, self.labels[indices])
+        heights, widths, starts = (t[indices] for t in (self.heights, self.widths, self.offsets))
+        ends = starts + heights * widths
+        parts = [self.pixels[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+        pixels = torch.cat(parts) if parts else self.pixels[:0]
+        return MemoryImages(pixels, heights, widths, self.labels[indices])
 
     def to(self, device: torch.device) -> MemoryImages:
         moved = (self.pixels, self.heights, self.widths, self.labels)
@@ -213,6 +214,7 @@ class FileImages:
             collate_fn=_stack,
             num_workers=num_workers_for(len(self)) if workers is None else workers,
             pin_memory=device.type == "cuda",
+            **worker_settings(),
         )
         for crops, draw in zip(loader, draws, strict=True):
             if isinstance(crops, str):
@@ -223,8 +225,10 @@ class FileImages:
             yield batch
 
     def fingerprint(self) -> str:
-        names = "\n".join(f"{p.parent.name}/{p.name} {p.stat().st_size}" for p in self.paths)
-        return f"{zlib.crc32(names.encode()):08x}"
+        crc = zlib.crc32(self.labels.cpu().numpy().data)
+        for path in self.paths:
+            crc = zlib.crc32(os.fsencode(f"{path.name} {path.stat().st_size}\n"), crc)
+        return f"{crc:08x}"
 
 
 def decode_all(source: FileImages) -> MemoryImages:

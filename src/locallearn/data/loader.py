@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 
 from locallearn.data.augment import NO_AUGMENTATION, Augmentation, draw_epoch, erase, normalize
-from locallearn.data.images import FileImages, ImageSource, InputSpec, decode_all
-from locallearn.data.reading import read_all, read_header, some, try_read
+from locallearn.data.images import FileImages, ImageSource, InputSpec, MemoryImages, decode_all
+from locallearn.data.reading import (
+    ImageHeader,
+    read_all,
+    read_header,
+    resized,
+    some,
+    try_read,
+)
 from locallearn.errors import UserError
 
 
@@ -47,6 +54,12 @@ class ImageLoader:
         shuffle: bool = False,
         seed: int = 0,
     ) -> None:
+        if isinstance(source, MemoryImages):
+            smallest = int(source.heights.min()), int(source.widths.min())
+            padded = [side + 2 * augmentation.pad for side in smallest]
+            assert all(a >= b for a, b in zip(padded, inputs.image_size, strict=True)), (
+                f"an image of {smallest} pixels does not cover the crop {inputs.image_size}"
+            )
         self.source = source.to(device)
         self.batch_size = batch_size
         self.device = device
@@ -102,26 +115,42 @@ class ImageLoader:
             yield images, self.source.labels[index]
 
 
-def read_for_prediction(paths: Sequence[Path], inputs: InputSpec) -> Tensor:
+def read_for_prediction(
+    paths: Sequence[Path], inputs: InputSpec, batch_size: int = 128
+) -> Iterator[Tensor]:
     """Image files of any size, scaled and cropped at the centre as test images are.
 
-    Returns:
+    Yields:
         float32 (B, C, H, W), on the CPU.
 
     Raises:
-        UserError: names the files that are missing or can't be read.
+        UserError: names the files that are missing or can't be read; before the first batch.
     """
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"no such image files: {some(missing)}.")
-    height, width = inputs.image_size
-    images = []
-    for path, header in zip(paths, read_all(paths, try_read(read_header)), strict=True):
-        resize = inputs.resize
-        if resize is None and (header.height, header.width) != inputs.image_size:
-            scale = max(height / header.height, width / header.width)
-            resize = max(1, round(scale * min(header.height, header.width)))
-        source = FileImages([path], torch.zeros(1, dtype=torch.int64), inputs.num_channels, resize)
-        loader = ImageLoader(decode_all(source), inputs, batch_size=1, device=torch.device("cpu"))
-        images += [batch for batch, _ in loader.epoch()]
-    return torch.cat(images)
+    headers = read_all(paths, try_read(read_header))
+    for first in range(0, len(paths), batch_size):
+        images = []
+        part = slice(first, first + batch_size)
+        for path, header in zip(paths[part], headers[part], strict=True):
+            resize = inputs.resize
+            if resize is None and (header.height, header.width) != inputs.image_size:
+                resize = _covering_resize(header, inputs.image_size)
+            label = torch.zeros(1, dtype=torch.int64)
+            image = decode_all(FileImages([path], label, inputs.num_channels, resize))
+            loader = ImageLoader(image, inputs, batch_size=1, device=torch.device("cpu"))
+            images += [batch for batch, _ in loader.epoch()]
+        yield torch.cat(images)
+
+
+def _covering_resize(header: ImageHeader, size: tuple[int, int]) -> int:
+    """The smallest length of the shorter side at which the image covers a crop of that size."""
+    height, width = size
+    scale = max(height / header.height, width / header.width)
+    resize = max(1, int(scale * min(header.height, header.width)))
+    while True:
+        new_width, new_height = resized(header.width, header.height, resize)
+        if new_width >= width and new_height >= height:
+            return resize
+        resize += 1

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import signal
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -19,7 +22,7 @@ from locallearn.errors import UserError
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm"}
 )
-_GRAY_MODES = frozenset({"1", "L"})
+_16_BIT_TO_8 = 257
 _ORIENTATION_TAG = 0x0112
 _FIRST_TURNED = 5
 
@@ -41,12 +44,13 @@ class ImageHeader(NamedTuple):
 
 
 def read_header(path: Path) -> ImageHeader:
-    """What a file says of itself, without decoding it. Raises OSError where it is no image."""
-    with _open(path) as image:
+    """What a file says of itself, without decoding it. Raises as :func:`read_image`."""
+    with _opened(path) as image:
         width, height = image.size
         if _orientation(image) >= _FIRST_TURNED:
             width, height = height, width
-        return ImageHeader(height, width, image.mode in _GRAY_MODES)
+        is_gray = image.mode in ("1", "L") or image.mode.startswith("I")
+        return ImageHeader(height, width, is_gray)
 
 
 def read_image(path: Path, num_channels: int, resize: int | None = None) -> np.ndarray:
@@ -61,18 +65,18 @@ def read_image(path: Path, num_channels: int, resize: int | None = None) -> np.n
         (H, W, C), uint8.
 
     Raises:
-        OSError, ValueError: unreadable, truncated or foreign content.
+        Exception: of many kinds, for unreadable, truncated or foreign content.
     """
     mode = "L" if num_channels == 1 else "RGB"
-    with _open(path) as image:
+    with _opened(path) as image:
         if resize is not None:
             image.draft(mode, (resize, resize))  # lets JPEG decode at a smaller scale
         upright = ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
-        picture = upright.convert(mode)
-    if resize is not None:
-        width, height = resized(picture.width, picture.height, resize)
-        if (width, height) != picture.size:
-            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+        picture = _to_8_bit(upright).convert(mode)
+        if resize is not None:
+            width, height = resized(picture.width, picture.height, resize)
+            if (width, height) != picture.size:
+                picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     return np.array(picture).reshape(picture.height, picture.width, num_channels)
 
 
@@ -83,16 +87,27 @@ def resized(width: int, height: int, resize: int) -> tuple[int, int]:
     return max(resize, int(resize * width / height)), resize
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            # A picture so large that Pillow suspects an attack is refused, not only warned of.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning)
-            image: Image.Image = Image.open(path)
-            return image
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, SyntaxError) as error:
-        raise OSError(str(error)) from error
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image, for as long as it is read; Pillow's warnings do not reach the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # A picture so large that Pillow suspects an attack is refused, not only warned of.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            yield image
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey, which Pillow would clip at 255, scaled to 8; other depths are refused."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("32-bit pixels have no known range")
+    return Image.fromarray((values // _16_BIT_TO_8).astype(np.uint8))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -112,13 +127,29 @@ def try_read(read: Callable[..., Any], *args: Any) -> Callable[[Path], Any]:
 def _try_read(read: Callable[..., Any], args: tuple[Any, ...], path: Path) -> Any:
     try:
         return read(path, *args)
-    except (OSError, ValueError):
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's decoders raise half a dozen kinds on broken files
         return None
 
 
 def num_workers_for(num_files: int) -> int:
     """How many reader processes pay off for this many files."""
     return 0 if num_files < _MIN_FILES_FOR_WORKERS else min(_MAX_WORKERS, os.cpu_count() or 1)
+
+
+def worker_settings() -> dict[str, Any]:
+    """Arguments that every DataLoader here takes.
+
+    A generator of its own, since a loader without one draws from torch's, which belongs to the
+    model (dropout); and workers that leave SIGINT and SIGTERM to the process they work for.
+    """
+    return {"generator": torch.Generator(), "worker_init_fn": _ignore_signals}
+
+
+def _ignore_signals(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def read_all(paths: Sequence[Path], read: Callable[[Path], Any]) -> list[Any]:
@@ -132,6 +163,7 @@ def read_all(paths: Sequence[Path], read: Callable[[Path], Any]) -> list[Any]:
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=num_workers_for(len(paths)),
+        **worker_settings(),
     )
     results = [result for chunk in loader for result in chunk]
     broken = [path for path, result in zip(paths, results, strict=True) if result is None]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from locallearn.engine.optimizers import check_schedule, optimizer_spec
 from locallearn.errors import UserError, unknown_name
 from locallearn.models import model_spec
 from locallearn.rules import Rule, build_rule
+
+_MAX_THREADS = 1024
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -80,13 +84,16 @@ class TrainConfig:
             if value is not None and value < low:
                 why = " (BatchNorm needs two images)" if name == "batch_size" and value == 1 else ""
                 raise UserError(f"{flag(name)} must be at least {low}{why}, got {value}.")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise UserError(f"--num-threads must be at least 1, got {self.num_threads}.")
+        if self.num_threads is not None and not 1 <= self.num_threads <= _MAX_THREADS:
+            raise UserError(
+                f"--num-threads must be at least 1 and at most {_MAX_THREADS}, "
+                f"got {self.num_threads}."
+            )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be between 0 and 2**63 - 1, got {self.seed}.")
-        if self.lr is not None and not self.lr > 0:
+        if self.lr is not None and not 0 < self.lr < math.inf:
             raise UserError(f"--lr must be above 0, got {self.lr}.")
-        if self.weight_decay < 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--weight-decay must be at least 0, got {self.weight_decay}.")
         device = choose_device(self.device)
         if self.compile:
@@ -96,6 +103,7 @@ class TrainConfig:
         return dataclasses.replace(
             self,
             **filled,
+            data_dir=self.data_dir and str(Path(self.data_dir).expanduser().absolute()),
             epochs=self.epochs or paper_epochs(self.model, self.dataset),
             lr=spec.default_lr if self.lr is None else self.lr,
             augment=self.augment or paper_augmentation(self.model, self.dataset),
@@ -113,15 +121,26 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, settings: dict[str, Any]) -> TrainConfig:
-        """Raises UserError for settings of another version of the program."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(settings) - known)
-        if unknown:
+        """Raises UserError for settings of another version of the program, or edited ones."""
+        defaults = cls().to_json()
+        odd = sorted(set(settings) ^ set(defaults))
+        if odd:
             raise UserError(
-                f"the run has settings this version does not know: {', '.join(unknown)}. "
+                f"the run's settings are not those of this version: {', '.join(odd)}. "
                 f"Use the version that made it."
             )
-        return cls(**settings)
+        config = cls(**settings)
+        # What depends on the machine is not looked at: weights are read anywhere.
+        portable: dict[str, Any] = {"device": "cpu", "compile": False, "data_dir": None}
+        own = {name: settings[name] for name in portable}
+        try:
+            resolved = dataclasses.replace(dataclasses.replace(config, **portable).resolve(), **own)
+        except TypeError as error:
+            raise UserError(f"a setting of the run has the wrong type ({error}).") from error
+        changed = [k for k, v in resolved.to_json().items() if v != settings[k]]
+        if changed:
+            raise UserError(f"settings of the run have no value: {', '.join(changed)}.")
+        return config
 
 
 def flag(name: str) -> str:
@@ -173,6 +192,8 @@ def differing_settings(saved: TrainConfig, given: dict[str, Any]) -> list[str]:
         if name not in ours:
             close = difflib.get_close_matches(name, ours, n=1)
             raise AssertionError(f"no setting {name!r}; did you mean {close}?")
+        if name == "device":
+            value = choose_device(value)
         if value != ours[name]:
             differing.append(f"{flag(name)} (run: {ours[name]}, given: {value})")
     return differing

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from locallearn.errors import UserError
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary name beside ``path``, flush to disk, and rename.
@@ -25,14 +27,22 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a full disk does not say what it was filled with
+        if isinstance(error, OSError):
+            error.filename = str(path)  # and not the temporary's name, or none (a full disk)
         raise
+
+
+def check_target(path: Path, flag: str) -> None:
+    """Raises UserError where a file can't be put there: before the work it is the result of."""
+    if not path.name or path.is_dir():
+        raise UserError(f"{flag} {path} is a directory; give a file.")
+    if not path.parent.is_dir():
+        raise UserError(f"{flag} {path}: there is no directory {path.parent}.")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically. NaN and infinity, no JSON, become null."""
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_finite(value), indent=2, allow_nan=False)
     write_atomically(path, (text + "\n").encode())
 
 

@@ -13,6 +13,9 @@ of the logits. Outside a step the model is an ordinary module.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,6 +78,10 @@ class LocalLearner(nn.Module):
         channels_last: keep 4-d weights and inputs in channels-last memory format, the faster one
             for convolutions.
         compile: run each block's forward and backward through ``torch.compile``.
+        recalibration_batches: how many of the last training batches to hold on to, so that the
+            first inference after training can re-estimate BatchNorm's running statistics on them
+            (with a schedule-free optimizer; see :meth:`recalibrate`). 0 holds none and leaves
+            that to the caller.
 
     Raises:
         UserError: a model without blocks, overlapping or unknown blocks, an unknown rule,
@@ -97,13 +104,17 @@ class LocalLearner(nn.Module):
         precision: str = "fp32",
         channels_last: bool = True,
         compile: bool = False,
+        recalibration_batches: int = 8,
     ) -> None:
         super().__init__()
         if precision not in PRECISIONS:
             raise UserError(f"unknown precision {precision!r}. Valid: {', '.join(PRECISIONS)}.")
-        num_classes = num_classes or getattr(model, "num_classes", None)
+        own = getattr(model, "num_classes", None)
+        num_classes = own if num_classes is None else num_classes
         if num_classes is None:
             raise UserError("num_classes is not given and the model has no such attribute.")
+        if own is not None and num_classes != own:
+            raise UserError(f"num_classes is {num_classes}, but the model has {own} classes.")
         self.model = model
         self.rule = build_rule(rule) if isinstance(rule, str) else rule
         self.num_classes = num_classes
@@ -112,6 +123,10 @@ class LocalLearner(nn.Module):
         if channels_last:
             model.to(memory_format=torch.channels_last)
 
+        self._has_stepped = False
+        # What the first inference after training re-estimates BatchNorm's statistics on.
+        self._recent: deque[Tensor] = deque(maxlen=recalibration_batches)
+        self._is_stale = False
         self.heads = nn.ModuleList()
         self._units: list[_BlockUnit] = []
         self._forward: Callable[[Tensor], Tensor] = model.__call__
@@ -126,7 +141,9 @@ class LocalLearner(nn.Module):
 
         in_blocks = {id(p) for unit in self._units for p in unit.block.parameters()}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in in_blocks]
+        self._rest_ids = {id(p) for p in rest}
         self._rest_optimizer = make_optimizer(rest) if rest else None
+        self._has_two_points = any(hasattr(o, "eval") for o in self.optimizers.values())
         self.train()
 
     # -- what it is made of ---------------------------------------------------------------------
@@ -181,7 +198,6 @@ class LocalLearner(nn.Module):
                     head=head,
                     latent_size=latent_size,
                     optimizer=make_optimizer(trained) if trained else None,
-                    autocast=self._autocast,
                     compile_block=compile_blocks,
                 )
             )
@@ -211,10 +227,15 @@ class LocalLearner(nn.Module):
             batches: image batches of the training set, augmented as in training; the authors
                 take 50.
         """
+        arranged = map(self._arrange, batches)
+        first = next(arranged, None)
+        if first is None:
+            raise UserError("recalibrate needs at least one batch, got none.")
         self.eval()
-        with self._autocast(_device_of(self.model).type):
-            torch.optim.swa_utils.update_bn(map(self._arrange, batches), self.model)
+        with self._autocast(first.device.type):
+            torch.optim.swa_utils.update_bn(itertools.chain([first], arranged), self.model)
         self.model.eval()
+        self._is_stale = False
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -251,7 +272,13 @@ class LocalLearner(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Inference: logits (N, K), float32, in evaluation mode (switched to where need be)."""
+        """Inference: logits (N, K), float32, in evaluation mode (switched to where need be).
+
+        The first one after training with a schedule-free optimizer re-estimates BatchNorm's
+        statistics at the averaged weights, on the last training batches.
+        """
+        if self._is_stale and self._recent:
+            self.recalibrate(list(self._recent))
         if self.training:
             self.eval()
         with self._autocast(images.device.type):
@@ -262,7 +289,8 @@ class LocalLearner(nn.Module):
         """One training step: the forward, and every update.
 
         Arguments:
-            images: (N, ...), floating, on the model's device.
+            images: (N, ...), floating, on the model's device; held on to for some steps, so not
+                to be written over.
             labels: (N,), int64 in 0..K-1, on the model's device.
 
         Returns:
@@ -289,16 +317,31 @@ class LocalLearner(nn.Module):
         with torch.enable_grad():
             logits = logits if logits.dtype == torch.float64 else logits.float()
             loss = F.cross_entropy(logits, labels, label_smoothing=self.rule.label_smoothing)
-            if self._rest_optimizer is not None:
+            if self._rest_optimizer is not None and loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
+                if self._units and not self._has_stepped:
+                    self._warn_of_the_unreached()
                 self._rest_optimizer.step()
                 self._rest_optimizer.zero_grad(set_to_none=True)
+        self._has_stepped = True
+        self._recent.append(images)
+        self._is_stale = self._has_two_points
         return StepResult(
             logits=logits.detach(),
             loss=loss.detach(),
             block_losses={name: block_loss for name, (block_loss, _) in signals.items()},
             block_logits={name: x for name, (_, x) in signals.items() if x is not None},
         )
+
+    def _warn_of_the_unreached(self) -> None:
+        named = self.model.named_parameters()
+        unreached = [name for name, p in named if id(p) in self._rest_ids and p.grad is None]
+        if unreached:
+            warnings.warn(
+                f"no block holds {', '.join(unreached)}, and the output's gradient does not reach "
+                f"across the blocks behind: they will not train. Name a block that holds them.",
+                stacklevel=3,
+            )
 
     def _arrange(self, images: Tensor) -> Tensor:
         if self.channels_last and images.ndim == 4:
@@ -317,7 +360,6 @@ class _BlockUnit:
         head: LatentHead,
         latent_size: int,
         optimizer: Optimizer | None,
-        autocast: Callable[[str], contextlib.AbstractContextManager[Any]],
         compile_block: bool,
     ) -> None:
         self.name = name
@@ -325,7 +367,6 @@ class _BlockUnit:
         self.head = head
         self.latent_size = latent_size
         self.optimizer = optimizer
-        self._autocast = autocast
         # Bound here, while the block's own forward is in place.
         if isinstance(block, Block):
             self._activation: Callable[..., Any] = block.activation
@@ -352,6 +393,8 @@ class _BlockUnit:
         hidden = activation.detach()
         with torch.autocast(hidden.device.type, enabled=False):
             latents = pool_latents(hidden, self.latent_size)
+            if latents.dtype in (torch.bfloat16, torch.float16):
+                latents = latents.float()
             loss, logits, grad_latents = self.head.signal(latents, labels)
             if activation.requires_grad:
                 activation.backward(  # type: ignore[no-untyped-call]
@@ -389,14 +432,18 @@ def _standing_in(
         return forward
 
     # Through __dict__: an instance attribute hides the class's forward, and nn.Module's own
-    # __setattr__ would cost more than it does for us.
+    # __setattr__ would cost more than it does for us. What another library put there comes back.
+    before = [unit.block.__dict__.get("forward") for unit in units]
     try:
         for unit in units:
             unit.block.__dict__["forward"] = stand_in(unit)
         yield
     finally:
-        for unit in units:
-            unit.block.__dict__.pop("forward", None)
+        for unit, forward in zip(units, before, strict=True):
+            if forward is None:
+                unit.block.__dict__.pop("forward", None)
+            else:
+                unit.block.__dict__["forward"] = forward
 
 
 def _find_blocks(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -411,6 +458,8 @@ def _find_blocks(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.
                 f"learn locally: blocks=[...], names as in model.named_modules()."
             )
         return blocks
+    if not names:
+        raise UserError("blocks=[] names no block; leave it out, or use rule 'bp'.")
     for name in names:
         if name not in modules:
             raise UserError(f"the model has no module {name!r}; see model.named_modules().")
@@ -469,7 +518,3 @@ def _latent_shape(name: str, shape: torch.Size) -> tuple[int, int]:
     while size > 1 and channels * size**2 > _MAX_LATENT_LENGTH:
         size //= 2
     return size, channels * size**2
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))

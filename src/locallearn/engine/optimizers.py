@@ -6,6 +6,7 @@ at, and switches between them; `set_mode` does that for any optimizer, and nothi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -132,12 +133,14 @@ def optimizer_factory(
         weight_decay: as the optimizer defines it.
     """
     if not isinstance(optimizer, str):
+        if lr is not None or weight_decay:
+            raise UserError("lr and weight_decay belong to a named optimizer, not to a function.")
         return optimizer
     spec = optimizer_spec(optimizer)
     rate = spec.default_lr if lr is None else lr
-    if not rate > 0:
+    if not 0 < rate < math.inf:
         raise UserError(f"lr must be above 0, got {rate}.")
-    if weight_decay < 0:
+    if not 0 <= weight_decay < math.inf:
         raise UserError(f"weight_decay must be at least 0, got {weight_decay}.")
     return lambda parameters: spec.build(parameters, rate, weight_decay)
 

@@ -16,11 +16,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -34,6 +32,9 @@ FORMAT = "locallearn-run"
 FORMAT_VERSION = 1
 
 Row = dict[str, float | int]
+
+# A zip archive ends with a directory that starts so: a truncated checkpoint has none.
+_ZIP_END, _ZIP_END_REACH = b"PK\5\6", 4096
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class RunConfig:
             )
         try:
             inputs = value["inputs"]
-            return cls(
+            config = cls(
                 settings=TrainConfig.from_json(value["settings"]),
                 inputs=InputSpec(
                     image_size=(inputs["image_size"][0], inputs["image_size"][1]),
@@ -90,8 +91,13 @@ class RunConfig:
                 data=value["data"],
                 environment=value["environment"],
             )
+            for key in ("fingerprint", "in_memory"):
+                config.data[key]
+            for key in ("packages", "device_name"):
+                config.environment[key]
         except (KeyError, TypeError, IndexError) as error:
             raise UserError(f"{origin} is incomplete or was edited ({error!r}).") from error
+        return config
 
 
 class RunDirectory:
@@ -108,7 +114,8 @@ class RunDirectory:
 
     @property
     def is_finished(self) -> bool:
-        return self.summary_path.exists()
+        """Whether there are results; a summary that can't be read is none, and is made anew."""
+        return self.read_summary() is not None
 
     def check_free(self) -> None:
         """Raises UserError where a new run can't be put here."""
@@ -117,6 +124,10 @@ class RunDirectory:
                 f"{self.path} already holds a run. Choose another --out, or continue it with "
                 f"`locallearn train --resume {self.path}`."
             )
+        others = [self.checkpoint_path, self.metrics_path, self.tensorboard_path]
+        for path in (*others, self.model_path, self.summary_path):
+            if path.exists():
+                raise UserError(f"{path} is left from a run; choose another --out, or remove it.")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file; give a directory.")
 
@@ -133,14 +144,18 @@ class RunDirectory:
             raise UserError(f"{self.path} is no run directory: it holds no config.json.")
         try:
             value = json.loads(self.config_path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise UserError(f"{self.config_path} is no valid JSON ({error}).") from error
         return RunConfig.from_json(value, self.config_path)
 
-    def read_summary(self) -> dict[str, Any]:
-        """The results of a finished run."""
-        summary: dict[str, Any] = json.loads(self.summary_path.read_text(encoding="utf-8"))
-        return summary
+    def read_summary(self) -> dict[str, Any] | None:
+        """The results of a finished run, or None where there are none that can be read."""
+        try:
+            summary = json.loads(self.summary_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        whole = isinstance(summary, dict) and isinstance(summary.get("test_acc"), float)
+        return summary if whole else None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """summary.json; the last file of a run."""
@@ -176,8 +191,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     content = io.BytesIO(path.read_bytes())
     try:
         state = torch.load(content, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
-        whole = zipfile.is_zipfile(content)
+    except Exception as error:  # torch, zipfile and pickle raise a dozen kinds on foreign bytes
+        whole = _ZIP_END in content.getvalue()[-_ZIP_END_REACH:]
         why = "it was not written by locallearn" if whole else "it is truncated or no checkpoint"
         raise UserError(f"{path} can't be read: {why}.") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:

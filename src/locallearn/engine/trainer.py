@@ -15,7 +15,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from locallearn.data import Dataset
+from locallearn.data import Dataset, FileImages
+from locallearn.engine.building import (
+    build_learner,
+    evaluation_loader,
+    load_data,
+    recalibrate,
+    training_loader,
+)
 from locallearn.engine.config import TrainConfig, differing_settings
 from locallearn.engine.environment import describe_environment
 from locallearn.engine.evaluation import evaluate
@@ -27,13 +34,6 @@ from locallearn.engine.run import (
     RunDirectory,
     load_checkpoint,
     save_checkpoint,
-)
-from locallearn.engine.setup import (
-    build_learner,
-    evaluation_loader,
-    load_data,
-    recalibrate,
-    training_loader,
 )
 from locallearn.engine.weights import save_weights
 from locallearn.errors import UserError
@@ -102,11 +102,16 @@ class _EpochSums:
         self.loss = torch.zeros(num_columns, dtype=dtype, device=device)
         self.correct = torch.zeros(num_columns, dtype=torch.int64, device=device)
         self.num_images = 0
+        self.has_logits = False
 
     def add(self, losses: Tensor, result: StepResult, labels: Tensor, names: list[str]) -> None:
         self.loss += losses * len(labels)
-        logits = [result.logits, *(result.block_logits[name] for name in names)]
-        self.correct += torch.stack([(x.argmax(dim=1) == labels).sum() for x in logits])
+        counts = [(result.logits.argmax(dim=1) == labels).sum()]
+        for name in names:
+            logits = result.block_logits.get(name)  # None for a rule that has none
+            counts.append(counts[0] * 0 if logits is None else (logits.argmax(1) == labels).sum())
+            self.has_logits |= logits is not None
+        self.correct += torch.stack(counts)
         self.num_images += len(labels)
 
     def mean_loss(self) -> list[float]:
@@ -121,12 +126,14 @@ class _EpochSums:
             "loss": self.loss.cpu(),
             "correct": self.correct.cpu(),
             "num_images": self.num_images,
+            "has_logits": self.has_logits,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.loss.copy_(state["loss"])
         self.correct.copy_(state["correct"])
         self.num_images = state["num_images"]
+        self.has_logits = state["has_logits"]
 
 
 class Trainer:
@@ -207,6 +214,7 @@ class Trainer:
                 "num_test": len(dataset.test),
                 "augmentation": dataset.augmentation.describe(),
                 "fingerprint": dataset.fingerprint(),
+                "in_memory": not isinstance(dataset.train, FileImages),
                 "notes": list(dataset.notes),
             },
             environment=describe_environment(settings.device),
@@ -234,25 +242,18 @@ class Trainer:
                 can't be read.
         """
         run = RunDirectory(directory)
-        config = run.read_config()
-        given = dict(given or {})
-        data_dir = given.pop("data_dir", config.settings.data_dir)
-        differing = differing_settings(config.settings, given)
-        if differing:
-            raise UserError(
-                f"{directory} was made with other settings: {', '.join(differing)}. "
-                f"Leave them out to resume it, or start a new run with --out."
-            )
+        config = check_same_settings(run, given or {})
+        data_dir = (given or {}).get("data_dir")
         checkpoint = load_checkpoint(run.checkpoint_path) if run.checkpoint_path.exists() else None
-        settings = replace(config.settings, data_dir=data_dir)
-        dataset = load_data(settings)
+        settings = config.settings.resolve()
+        dataset = load_data(settings, data_dir=data_dir, in_memory=config.data["in_memory"])
         if dataset.fingerprint() != config.data["fingerprint"]:
             raise UserError(
                 f"the data of {directory} has changed since it was started "
                 f"(fingerprint {dataset.fingerprint()}, was {config.data['fingerprint']}). "
                 f"Restore it, or start a new run with --out."
             )
-        trainer = cls(config, dataset, run, observer)
+        trainer = cls(config, replace(dataset, inputs=config.inputs), run, observer)
         then, now = config.environment, describe_environment(settings.device)
         if then["packages"] != now["packages"] or then["device_name"] != now["device_name"]:
             observer.on_note(
@@ -262,6 +263,10 @@ class Trainer:
         if checkpoint is None:
             observer.on_note("no checkpoint was written yet: starting over")
         else:
+            if checkpoint.get("config") != config.to_json():
+                raise UserError(
+                    f"{run.checkpoint_path} is of another run than the config.json beside it."
+                )
             try:
                 trainer._load_state(checkpoint)
             except (KeyError, RuntimeError, ValueError) as error:
@@ -339,6 +344,12 @@ class Trainer:
         val = None
         if self.val_loader is not None:
             val = evaluate(self.learner, self.val_loader, self._num_classes)
+        if not math.isfinite(test.loss):
+            # The losses of the steps are those before each update: the last one can break it.
+            raise UserError(
+                f"the weights gave a test loss that is NaN or infinite after epoch {epoch}. "
+                f"{self._what_is_kept()} Try a smaller --lr, or --precision fp32."
+            )
 
         losses, accuracies = self.sums.mean_loss(), self.sums.accuracy()
         row: Row = {
@@ -352,7 +363,8 @@ class Trainer:
         }
         for column, name in enumerate(self.learner.block_names, start=1):
             row[f"{name}_loss"] = losses[column]
-            row[f"{name}_acc"] = accuracies[column]
+            if self.sums.has_logits:
+                row[f"{name}_acc"] = accuracies[column]
         if val is not None:
             row["val_loss"], row["val_acc"] = val.loss, val.accuracy
 
@@ -453,16 +465,16 @@ class Trainer:
         bad = torch.nonzero(~torch.isfinite(losses[row, 1:]))
         column = 1 + int(bad[0]) if len(bad) else 0
         value = losses[row, column].item()
-        kept = (
-            f"The last good checkpoint (epoch {len(self.rows)}) is kept in {self.run.path}."
-            if self.run.checkpoint_path.exists()
-            else "No epoch was finished, so there is no checkpoint."
-        )
         raise UserError(
             f"the loss of {names[column]} became {'NaN' if math.isnan(value) else 'infinite'} at "
-            f"step {first_step + row} of epoch {self.epoch + 1}. {kept} "
+            f"step {first_step + row} of epoch {self.epoch + 1}. {self._what_is_kept()} "
             f"Try a smaller --lr, or --precision fp32."
         )
+
+    def _what_is_kept(self) -> str:
+        if not self.run.checkpoint_path.exists():
+            return "No epoch was finished, so there is no checkpoint."
+        return f"The last good checkpoint (epoch {len(self.rows)}) is kept in {self.run.path}."
 
     def _save(self) -> None:
         state = {
@@ -490,6 +502,23 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
+
+
+def check_same_settings(run: RunDirectory, given: dict[str, Any]) -> RunConfig:
+    """The run's config, if the given settings are its own (``data_dir`` may differ).
+
+    Raises:
+        UserError: names those that are not.
+    """
+    config = run.read_config()
+    repeated = {name: value for name, value in given.items() if name != "data_dir"}
+    differing = differing_settings(config.settings, repeated)
+    if differing:
+        raise UserError(
+            f"{run.path} was made with other settings: {', '.join(differing)}. "
+            f"Leave them out to resume it, or start a new run with --out."
+        )
+    return config
 
 
 def _tensorboard_tag(column: str) -> str:

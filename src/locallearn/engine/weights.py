@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from locallearn.engine.building import build_learner
 from locallearn.engine.files import write_atomically
 from locallearn.engine.learner import LocalLearner
+from locallearn.engine.optimizers import optimizer_spec
 from locallearn.engine.run import RunConfig, RunDirectory, load_checkpoint
-from locallearn.engine.setup import build_learner
 from locallearn.errors import UserError
 
 _METADATA_KEY = "locallearn"
@@ -79,12 +80,12 @@ def _from_checkpoint(path: Path) -> Trained:
     learner = build_learner(config.settings, config.inputs, len(config.class_names))
     try:
         learner.load_training_state(state["learner"])
-        mid_epoch = state["step"] > 0
+        is_stale = state["step"] > 0 and optimizer_spec(config.settings.optimizer).is_schedule_free
         num_epochs = state["epoch"]
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} does not fit its own settings ({error}).") from error
     learner.eval()
-    return Trained(learner, config, path, num_epochs, needs_recalibration=mid_epoch)
+    return Trained(learner, config, path, num_epochs, needs_recalibration=is_stale)
 
 
 def _from_safetensors(path: Path) -> Trained:

@@ -88,8 +88,9 @@ def build_model(
         raise UserError(f"dropout must be in [0, 1), got {dropout}.")
     if image_size is not None:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if min(height, width) < spec.min_image_size:
-            fitting = [n for n in list_models() if _MODELS.get(n).min_image_size <= height]
+        side = min(height, width)
+        if side < spec.min_image_size:
+            fitting = [n for n in list_models() if _MODELS.get(n).min_image_size <= side]
             advice = f"Models for this size: {', '.join(fitting)}." if fitting else ""
             raise UserError(
                 f"images of {height}x{width} pixels are too small for {name}, which needs at "

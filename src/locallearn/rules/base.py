@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -194,7 +195,7 @@ class ProjectionRule(LatentRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0.0:
+        if not 0.0 < self.temperature < math.inf:
             raise UserError(f"temperature must be above 0, got {self.temperature}.")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import torch
 
 from locallearn.data import Dataset, ImageLoader, ImageSource, InputSpec, load_dataset
+from locallearn.data.dataset import free_memory_bytes
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.learner import LocalLearner
 from locallearn.models import build_model
@@ -16,10 +18,25 @@ from locallearn.models import build_model
 RECALIBRATION_BATCHES = 50
 
 
-def load_data(settings: TrainConfig, data_dir: str | None = None) -> Dataset:
-    """The run's dataset, from ``data_dir`` where it has moved there."""
+def load_data(
+    settings: TrainConfig, *, data_dir: str | None = None, in_memory: bool | None = None
+) -> Dataset:
+    """The run's dataset.
+
+    Arguments:
+        settings: resolved.
+        data_dir: where the files have moved.
+        in_memory: whether its images were kept decoded when the run was started, which is to stay
+            so; None decides by the memory that is free now, on the host and on the device.
+    """
+    limit = free_memory_bytes() // 4
+    if settings.device == "cuda":
+        limit = min(limit, torch.cuda.mem_get_info()[0] // 4)
+    if in_memory is not None:
+        limit = sys.maxsize if in_memory else 0
     return load_dataset(
         settings.dataset,
+        memory_limit_bytes=limit,
         data_dir=data_dir or settings.data_dir,
         augment=settings.augment,
         image_size=settings.image_size,
@@ -64,6 +81,7 @@ def build_learner(
         precision=settings.precision,
         channels_last=settings.channels_last,
         compile=compile,
+        recalibration_batches=0,  # the training loop does it, on more of them
     )
 
 
