@@ -177,8 +177,10 @@ def train(
         with _stopping(trainer, observer):
             summary = trainer.fit()
     except Interrupted as interruption:
+        step, epoch = trainer.step, trainer.epoch
         print(
-            f"Stopped after step {trainer.step} of epoch {trainer.epoch + 1}; all is saved. "
+            f"Stopped after {f'step {step} of epoch {epoch + 1}' if step else f'epoch {epoch}'}; "
+            f"all is saved. "
             f"Continue with: locallearn train --resume {trainer.run.path}",
             file=sys.stderr,
         )
