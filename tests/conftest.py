@@ -55,7 +55,9 @@ def peak_memory_bytes() -> Callable[[Callable[[], object]], int]:
 
     def measure(call: Callable[[], object]) -> int:
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        with torch.profiler.profile(
+            activities=activities, profile_memory=True, acc_events=True
+        ) as profile:
             call()
         events = sorted(
             (event.start_ns(), event.nbytes())
