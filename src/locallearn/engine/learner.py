@@ -324,7 +324,7 @@ class LocalLearner(nn.Module):
                 self._rest_optimizer.step()
                 self._rest_optimizer.zero_grad(set_to_none=True)
         self._has_stepped = True
-        self._recent.append(images)
+        self._recent.append(images.detach())
         self._is_stale = self._has_two_points
         return StepResult(
             logits=logits.detach(),
