@@ -350,6 +350,7 @@ def test_frozen_parameters_stay() -> None:
     assert still == [f"model.{n}" for n in frozen]
 
 
+@pytest.mark.filterwarnings("default")  # what torch's compiler warns of is not ours
 @pytest.mark.parametrize("rule", ["bp", "lls-mxm"])
 def test_compiled_blocks_learn_as_eager_ones(rule: str) -> None:
     if cxx_compiler() is None:
