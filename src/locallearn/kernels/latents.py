@@ -2,10 +2,10 @@
 
 Shapes: N batch, C channels, H W height and width, F features, s pooling size, T latent length.
 
-The adjoint is an op of its own, and not left to autograd, for speed: the gradient of the latents is
-known in closed form, so nothing about the pooling needs recording, and where the windows do not
-overlap it is a plain repeat. For a (128, 32, 32, 32) channels-last output on 2 CPU cores the
-repeat takes a sixth of `adaptive_avg_pool2d`'s own backward.
+The adjoint is an op of its own, and not left to autograd: the gradient of the latents is known in
+closed form, so nothing about the pooling needs recording, and the small gradient can be given the
+activation's memory format first. That is where the time is: flattening leaves it NCHW, which makes
+the backward of a channels-last (128, 32, 32, 32) take 3.8 ms instead of 0.75 on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def pool_latents(activation: Tensor, size: int) -> Tensor:
     Raises:
         ValueError: if ``activation`` is neither 2-d nor 4-d.
 
-    Source: LLS (arXiv 2405.15868), section 3; the authors pool every local head alike.
+    Source: LLS (arXiv 2405.15868); the authors' code pools every local head so.
     """
     rows = _pooled_rows(activation, size)
     if activation.ndim == 2:
@@ -57,23 +57,17 @@ def unpool_latents(grad_latents: Tensor, activation: Tensor, size: int) -> Tenso
     if activation.ndim == 2:
         if activation.shape[1] == size:
             return grad
-        return _unpool(grad[:, None, None, :], activation[:, None, None, :], rows, size).flatten(1)
+        return _unpool(grad[:, None, None, :], activation[:, None, None, :]).flatten(1)
     n, c = activation.shape[:2]
-    return _unpool(grad.view(n, c, rows, size), activation, rows, size)
+    return _unpool(grad.view(n, c, rows, size), activation)
 
 
-def _unpool(grad: Tensor, activation: Tensor, rows: int, columns: int) -> Tensor:
-    n, c, h, w = activation.shape
-    if h % rows or w % columns:  # overlapping or repeated windows
-        return torch.ops.aten._adaptive_avg_pool2d_backward(grad, activation)  # type: ignore[no-any-return]
-    cell_h, cell_w = h // rows, w // columns
-    grad = grad / (cell_h * cell_w)
-    if activation.is_contiguous(memory_format=torch.channels_last):
-        cells = grad.permute(0, 2, 3, 1)[:, :, None, :, None, :]  # (N, s, 1, s, 1, C)
-        full = cells.expand(n, rows, cell_h, columns, cell_w, c).reshape(n, h, w, c)
-        return full.permute(0, 3, 1, 2)
-    cells = grad[:, :, :, None, :, None]  # (N, C, s, 1, s, 1)
-    return cells.expand(n, c, rows, cell_h, columns, cell_w).reshape(n, c, h, w)
+def _unpool(grad: Tensor, activation: Tensor) -> Tensor:
+    channels_last = activation.is_contiguous(memory_format=torch.channels_last)
+    grad = grad.contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+    return torch.ops.aten._adaptive_avg_pool2d_backward(grad, activation)  # type: ignore[no-any-return]
 
 
 def _pooled_rows(activation: Tensor, size: int) -> int:
