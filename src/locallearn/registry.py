@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from typing import Generic, TypeVar
 
@@ -29,10 +29,6 @@ class Registry(Generic[T]):
         self._entries[name] = entry
         return entry
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """The decorator form of :meth:`add`."""
-        return lambda entry: self.add(name, entry)
-
     def remove(self, name: str) -> None:
         """Take ``name`` out again (tests and plug-ins that reload)."""
         self._entries.pop(name, None)
@@ -46,9 +42,6 @@ class Registry(Generic[T]):
     def names(self, pattern: str = "*") -> list[str]:
         """All registered names that match the glob ``pattern``, sorted."""
         return sorted(name for name in self._entries if fnmatch(name, pattern))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())

@@ -133,7 +133,7 @@ def test_projection_backward_matches_autograd(name: str) -> None:
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("name", PERIODIC)
 def test_signal_matches_autograd_of_the_formulas(name: str, basis: str, setting: str) -> None:
-    """Equations 2 to 6, written out here once more with B and M apart."""
+    """The head of every rule, written out here once more with B and M apart."""
     head = build_rule(name, basis=basis, setting=setting).build_head(SPEC)
     p = torch.randn(6, 24, dtype=torch.float64, requires_grad=True)
     y = torch.randint(7, (6,))

@@ -147,11 +147,8 @@ def epoch_line(row: Row, num_epochs: int) -> str:
     if "val_acc" in row:
         line += f"  val {row['val_acc']:6.2f} %"
     line += f"  {row['images_per_second']:,.0f} images/s"
-    blocks = {
-        name.removesuffix("_acc"): value
-        for name, value in row.items()
-        if name.endswith("_acc") and name not in ("train_acc", "test_acc", "val_acc")
-    }
+    not_blocks = ("train_acc", "test_acc", "val_acc")
+    blocks = [v for name, v in row.items() if name.endswith("_acc") and name not in not_blocks]
     if blocks:
-        line += "  blocks " + " ".join(f"{value:.1f}" for value in blocks.values())
+        line += "  blocks " + " ".join(f"{value:.1f}" for value in blocks)
     return line

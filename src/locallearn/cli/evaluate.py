@@ -102,11 +102,10 @@ def _load_data(trained: Trained, data_dir: str | None) -> Dataset:
     config = trained.config
     in_memory = config.data["in_memory"] if data_dir is None else None
     dataset = load_data(config.settings, data_dir=data_dir, in_memory=in_memory)
-    if dataset.class_names != trained.config.class_names:
+    if dataset.class_names != config.class_names:
         raise UserError(
             f"the data has other classes than the network was trained on: "
-            f"{', '.join(dataset.class_names)} instead of "
-            f"{', '.join(trained.config.class_names)}."
+            f"{', '.join(dataset.class_names)} instead of {', '.join(config.class_names)}."
         )
     for what in ("num_channels", "image_size", "resize"):
         ours, theirs = getattr(config.inputs, what), getattr(dataset.inputs, what)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -186,14 +186,10 @@ class FileImages:
 
     def subset(self, indices: Tensor) -> FileImages:
         paths = [self.paths[i] for i in indices.tolist()]
-        return FileImages(
-            paths, self.labels[indices], self.num_channels, self.resize, self.num_workers
-        )
+        return replace(self, paths=paths, labels=self.labels[indices])
 
     def to(self, device: torch.device) -> FileImages:
-        return FileImages(
-            self.paths, self.labels.to(device), self.num_channels, self.resize, self.num_workers
-        )
+        return replace(self, labels=self.labels.to(device))
 
     def batches(
         self,

@@ -34,7 +34,7 @@ from locallearn.rules import LatentHead, LatentRule, LatentSpec, Requirement, Ru
 
 PRECISIONS = ("fp32", "bf16")
 
-# Local heads see a block's output pooled to at most this many values (design of the paper).
+# Local heads see a block's output pooled to at most this many values (as in the authors' code).
 _MAX_LATENT_LENGTH = 2048
 _MAX_LATENT_SIZE = 4
 

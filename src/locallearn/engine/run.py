@@ -71,11 +71,7 @@ class RunConfig:
         """Raises UserError where ``value`` is not what :meth:`to_json` makes."""
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise UserError(f"{origin} was not written by locallearn.")
-        if value.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{origin} has format version {value.get('format_version')}; this locallearn "
-                f"reads version {FORMAT_VERSION}. Use the version that made it."
-            )
+        _check_version(value, origin)
         try:
             inputs = value["inputs"]
             config = cls(
@@ -170,6 +166,15 @@ class RunDirectory:
         write_atomically(self.metrics_path, text.getvalue().encode())
 
 
+def _check_version(value: dict[str, Any], origin: Path) -> None:
+    version = value.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{origin} has format version {version}; this locallearn reads version "
+            f"{FORMAT_VERSION}. Use the version that made it."
+        )
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint atomically. Raises OSError as the file system says.
 
@@ -197,9 +202,5 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} can't be read: {why}.") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} can't be read: it was not written by locallearn.")
-    if state.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {state.get('format_version')}; this locallearn reads "
-            f"version {FORMAT_VERSION}. Use the version that made it."
-        )
+    _check_version(state, path)
     return state

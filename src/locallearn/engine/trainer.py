@@ -109,8 +109,11 @@ class _EpochSums:
         counts = [(result.logits.argmax(dim=1) == labels).sum()]
         for name in names:
             logits = result.block_logits.get(name)  # None for a rule that has none
-            counts.append(counts[0] * 0 if logits is None else (logits.argmax(1) == labels).sum())
             self.has_logits |= logits is not None
+            if logits is None:
+                counts.append(torch.zeros_like(counts[0]))
+            else:
+                counts.append((logits.argmax(dim=1) == labels).sum())
         self.correct += torch.stack(counts)
         self.num_images += len(labels)
 
@@ -171,7 +174,6 @@ class Trainer:
             if (schedule := build_schedule(settings.schedule, optimizer, self.num_epochs))
         }
         self._recalibrates = optimizer_spec(settings.optimizer).is_schedule_free
-        self._num_classes = dataset.num_classes
         self.train_loader = training_loader(settings, dataset, self.device)
         if self.train_loader.num_images < 2:
             raise UserError("a training set of one image is too small: BatchNorm needs two.")
@@ -340,10 +342,10 @@ class Trainer:
         if self._recalibrates:
             recalibrate(self.learner, self.train_loader, self.epoch)
         self.learner.eval()
-        test = evaluate(self.learner, self.test_loader, self._num_classes)
+        test = evaluate(self.learner, self.test_loader, self.learner.num_classes)
         val = None
         if self.val_loader is not None:
-            val = evaluate(self.learner, self.val_loader, self._num_classes)
+            val = evaluate(self.learner, self.val_loader, self.learner.num_classes)
         if not math.isfinite(test.loss):
             # The losses of the steps are those before each update: the last one can break it.
             raise UserError(
@@ -522,6 +524,6 @@ def check_same_settings(run: RunDirectory, given: dict[str, Any]) -> RunConfig:
 
 
 def _tensorboard_tag(column: str) -> str:
-    """ "test_acc" -> "test/acc": TensorBoard groups by what stands before the slash."""
+    """The column "test_acc" as "test/acc": TensorBoard groups by what stands before the slash."""
     group, _, quantity = column.rpartition("_")
     return f"{group}/{quantity}" if quantity in ("loss", "acc") else f"speed/{column}"

@@ -59,7 +59,7 @@ def local_head(
         LocalHeadResult in the projection's dtype. The learning signal of an all-zero latent,
         where the direction is undefined, is zero.
 
-    Source: LLS (arXiv 2405.15868), equations 2 to 6; design of the closed form: docs.
+    Source: LLS (arXiv 2405.15868), for M equations 5 and 6; the gradients are worked out above.
     """
     p = latents.to(projection.dtype)
     n = p.shape[0]

@@ -57,7 +57,7 @@ def build_basis(
     Returns:
         (num_rows, latent_length).
 
-    Source: LLS (arXiv 2405.15868), section 3; for "official", the code published with it.
+    Source: LLS (arXiv 2405.15868); for "official", the code published with it.
     """
     check_basis(basis, setting)
     if basis == "random":
