@@ -1,10 +1,52 @@
 """The hot operations of local learning. Tensors in, tensors out: no module, rule or device here.
 
-Each op has one name and one signature; what stands here is its `reference` form (plain PyTorch,
-any floating dtype, the definition), to which every faster backend is held.
+Each op has one name and one signature (`interface.py`) and several backends. `reference` is the
+definition, to which every other is held.
 """
 
+from locallearn.kernels.backends import (
+    BACKENDS,
+    choose_backend,
+    cxx_compiler,
+    load_kernels,
+    missing_for,
+)
+from locallearn.kernels.interface import (
+    BlockForward,
+    ChannelStats,
+    Crops,
+    HeadResult,
+    Kernels,
+    Moments,
+    NormGradient,
+    PeriodicBasis,
+    ScheduleFreeState,
+)
 from locallearn.kernels.latents import pool_latents, unpool_latents
-from locallearn.kernels.local_head import LocalHeadResult, local_head
+from locallearn.kernels.reference.local_head import (
+    moment_gradients,
+    moment_latents,
+    project_latents,
+)
 
-__all__ = ["LocalHeadResult", "local_head", "pool_latents", "unpool_latents"]
+__all__ = [
+    "BACKENDS",
+    "BlockForward",
+    "ChannelStats",
+    "Crops",
+    "HeadResult",
+    "Kernels",
+    "Moments",
+    "NormGradient",
+    "PeriodicBasis",
+    "ScheduleFreeState",
+    "choose_backend",
+    "cxx_compiler",
+    "load_kernels",
+    "missing_for",
+    "moment_gradients",
+    "moment_latents",
+    "pool_latents",
+    "project_latents",
+    "unpool_latents",
+]

@@ -10,6 +10,7 @@ from locallearn.rules.base import (
     ProjectionRule,
     Requirement,
     Rule,
+    accumulate_grad,
     build_rule,
     list_rules,
     register_rule,
@@ -17,7 +18,15 @@ from locallearn.rules.base import (
     unregister_rule,
 )
 from locallearn.rules.bases import BASES, SETTINGS, build_basis
-from locallearn.rules.lls import LLS, LLSM, LLSMxM, LLSMxMReduced
+from locallearn.rules.lls import (
+    LLS,
+    LLSM,
+    BasisHead,
+    LLSMxM,
+    LLSMxMReduced,
+    MatrixModulatedHead,
+    VectorModulatedHead,
+)
 from locallearn.rules.local_losses import LocalLosses
 
 __all__ = [
@@ -26,6 +35,7 @@ __all__ = [
     "LLSM",
     "SETTINGS",
     "Backprop",
+    "BasisHead",
     "LLSMxM",
     "LLSMxMReduced",
     "LatentHead",
@@ -33,10 +43,13 @@ __all__ = [
     "LatentSpec",
     "LocalLosses",
     "LocalSignal",
+    "MatrixModulatedHead",
     "ProjectionHead",
     "ProjectionRule",
     "Requirement",
     "Rule",
+    "VectorModulatedHead",
+    "accumulate_grad",
     "build_basis",
     "build_rule",
     "list_rules",

@@ -5,7 +5,7 @@ Shapes: N batch, T latent length, K classes.
 A **latent rule** sees a block's output only through its pooled latent p (N, T): it writes a
 loss of (p, y), with autograd on that small tensor, and everything large stays with the engine.
 A **projection rule** is a latent rule whose logits are p projected on a matrix D (K, T): it
-supplies D, and the head's loss and gradients come in closed form (`kernels.local_head`).
+supplies D, and the head's loss and gradients come in closed form (`kernels.project_latents`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.errors import UserError
-from locallearn.kernels import local_head
+from locallearn.kernels import project_latents
 from locallearn.registry import Registry
 
 
@@ -109,6 +109,16 @@ class ProjectionHead(LatentHead):
         self.temperature = temperature
         self.label_smoothing = label_smoothing
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether D depends on parameters that are trained."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether the signal is the projection's alone: no subclass or patch says otherwise."""
+        return type(self).signal is ProjectionHead.signal and "signal" not in vars(self)
+
     def projection(self) -> Tensor:
         """D, (K, T), as a differentiable function of the head's parameters (if it has any)."""
         raise NotImplementedError
@@ -123,17 +133,16 @@ class ProjectionHead(LatentHead):
             self.projection().backward(grad_projection)  # type: ignore[no-untyped-call]
 
     def signal(self, latents: Tensor, labels: Tensor) -> LocalSignal:
-        trained = any(parameter.requires_grad for parameter in self.parameters())
         with torch.no_grad():
             projection = self.projection()
-        result = local_head(
+        result = project_latents(
             latents,
             projection,
             labels,
             normalize=self.normalize,
             temperature=self.temperature,
             label_smoothing=self.label_smoothing,
-            needs_grad_projection=trained,
+            needs_grad_projection=self.is_trained,
         )
         if result.grad_projection is not None:
             self.projection_backward(result.grad_projection)

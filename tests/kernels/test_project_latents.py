@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from locallearn.kernels import local_head
+from locallearn.kernels import project_latents
 
 # N, T, K, and why the row is there
 SIZES = [
@@ -44,14 +44,14 @@ def test_closed_form_matches_autograd(n, t, k, why, normalize, temperature, labe
         "label_smoothing": label_smoothing,
     }
     expected = reference(p, d, y, **settings)
-    actual = local_head(p, d, y, **settings, needs_grad_projection=True)
+    actual = project_latents(p, d, y, **settings, needs_grad_projection=True)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-13)
 
 
 def test_by_hand() -> None:
     # p = (3, 4), so q = (0.6, 0.8); D the identity; temperature 1/2: logits (1.2, 1.6).
-    result = local_head(
+    result = project_latents(
         torch.tensor([[3.0, 4.0]], dtype=torch.float64),
         torch.eye(2, dtype=torch.float64),
         torch.tensor([0]),
@@ -74,7 +74,8 @@ def test_by_hand() -> None:
 def test_latents_of_zero_learn_nothing_and_stay_finite() -> None:
     p = torch.zeros(2, 4)
     p[1] = torch.randn(4)
-    result = local_head(p, torch.randn(3, 4), torch.tensor([0, 1]), normalize=True, temperature=0.5)
+    labels = torch.tensor([0, 1])
+    result = project_latents(p, torch.randn(3, 4), labels, normalize=True, temperature=0.5)
     assert result.loss.isfinite()
     assert result.grad_latents[0].tolist() == [0.0] * 4
     assert result.grad_latents[1].abs().sum() > 0
@@ -82,14 +83,15 @@ def test_latents_of_zero_learn_nothing_and_stay_finite() -> None:
 
 def test_no_projection_gradient_unless_wanted() -> None:
     p, d, y = torch.randn(2, 4), torch.randn(3, 4), torch.tensor([0, 1])
-    assert local_head(p, d, y, normalize=True, temperature=1.0).grad_projection is None
+    assert project_latents(p, d, y, normalize=True, temperature=1.0).grad_projection is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_latents_are_computed_in_float32(dtype: torch.dtype) -> None:
     p, d, y = torch.randn(8, 16).to(dtype), torch.randn(5, 16), torch.randint(5, (8,))
-    low = local_head(p, d, y, normalize=True, temperature=0.5, needs_grad_projection=True)
-    full = local_head(p.float(), d, y, normalize=True, temperature=0.5, needs_grad_projection=True)
+    settings = {"normalize": True, "temperature": 0.5, "needs_grad_projection": True}
+    low = project_latents(p, d, y, **settings)
+    full = project_latents(p.float(), d, y, **settings)
     for a, b in zip(low, full, strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, b)
@@ -100,7 +102,7 @@ def test_float32_error_is_that_of_plain_pytorch() -> None:
     settings = {"normalize": True, "temperature": 0.5, "label_smoothing": 0.1}
     exact = reference(p.double(), d.double(), y, **settings)
     plain = reference(p, d, y, **settings)
-    ours = local_head(p, d, y, **settings, needs_grad_projection=True)
+    ours = project_latents(p, d, y, **settings, needs_grad_projection=True)
     for e, a, b in zip(exact, ours, plain, strict=True):
         floor = 4 * torch.finfo(torch.float32).eps * e.abs().max()
         assert (a - e).abs().max() <= 2 * (b - e).abs().max() + floor
@@ -110,6 +112,6 @@ def test_float32_error_is_that_of_plain_pytorch() -> None:
 def test_strides_do_not_matter(layout: str) -> None:
     p, d, y = torch.randn(6, 8), torch.randn(4, 8), torch.randint(4, (6,))
     odd = p.T.contiguous().T if layout == "transposed" else torch.stack([p, p], -1)[..., 0]
-    a = local_head(p, d, y, normalize=True, temperature=0.5)
-    b = local_head(odd, d, y, normalize=True, temperature=0.5)
+    a = project_latents(p, d, y, normalize=True, temperature=0.5)
+    b = project_latents(odd, d, y, normalize=True, temperature=0.5)
     torch.testing.assert_close(a.grad_latents, b.grad_latents)

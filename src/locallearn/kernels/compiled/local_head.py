@@ -1,0 +1,58 @@
+"""`local_head`; see `kernels.interface`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from locallearn.kernels.compiled.compilation import open_batch, specialized
+from locallearn.kernels.interface import HeadResult, Moments, PeriodicBasis
+from locallearn.kernels.periodic_basis import periodic_basis
+from locallearn.kernels.reference import local_head as reference
+
+
+def _local_head(
+    s0: Tensor,
+    s1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    projection: Tensor,
+    labels: Tensor,
+    normalize: bool,
+    temperature: float,
+    label_smoothing: float,
+    needs_grad_projection: bool,
+) -> HeadResult:
+    return reference(
+        Moments(s0, s1),
+        gamma,
+        beta,
+        projection,
+        labels,
+        normalize=normalize,
+        temperature=temperature,
+        label_smoothing=label_smoothing,
+        needs_grad_projection=needs_grad_projection,
+    )
+
+
+@torch.no_grad()
+def local_head(
+    moments: Moments,
+    gamma: Tensor,
+    beta: Tensor,
+    projection: Tensor | PeriodicBasis,
+    labels: Tensor,
+    *,
+    normalize: bool,
+    temperature: float,
+    label_smoothing: float = 0.0,
+    needs_grad_projection: bool = False,
+) -> HeadResult:
+    if isinstance(projection, PeriodicBasis):
+        projection = periodic_basis(projection).to(moments.s0.dtype)
+    s0, s1 = moments
+    open_batch(s0, s1, labels)
+    settings = (normalize, temperature, label_smoothing, needs_grad_projection)
+    key = (*s0.shape[1:], *projection.shape, s0.dtype, *settings)
+    return specialized(_local_head, *key)(s0, s1, gamma, beta, projection, labels, *settings)
