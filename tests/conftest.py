@@ -44,31 +44,3 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
-
-
-@pytest.fixture
-def peak_memory_bytes() -> Callable[[Callable[[], object]], int]:
-    """Highest number of CPU tensor bytes that a call holds beyond what was held before it.
-
-    Counted from the allocator's own events, not guessed from the size of the process.
-    """
-
-    def measure(call: Callable[[], object]) -> int:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(
-            activities=activities, profile_memory=True, acc_events=True
-        ) as profile:
-            call()
-        events = sorted(
-            (event.start_ns(), event.nbytes())
-            for event in profile.profiler.kineto_results.events()
-            if event.name() == "[memory]"
-        )
-        assert events, "the profiler recorded no allocation"
-        live = peak = 0
-        for _, num_bytes in events:
-            live += num_bytes
-            peak = max(peak, live)
-        return peak
-
-    return measure

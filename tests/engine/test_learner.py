@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,12 +11,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from locallearn import LocalLearner, UserError, build_model, build_rule, list_models, list_rules
-from locallearn.engine.environment import cxx_compiler
+from locallearn.engine.measuring import peak_memory_bytes
+from locallearn.kernels import cxx_compiler
 from locallearn.models import Block, ConvBlock, LinearBlock
 from locallearn.rules import BASES, SETTINGS
 
 LOCAL = [name for name in list_rules() if name != "bp"]
 LLS_FAMILY = [name for name in LOCAL if name.startswith("lls")]
+
+
+@pytest.fixture(params=["autograd", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Autograd inside the block, and the definition of the closed form."""
+    return request.param
 
 
 def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -83,8 +89,8 @@ def definition(
     return found | {f"heads.{n}": p.grad for n, p in heads.named_parameters()}
 
 
-def assert_exact(model: nn.Module, rule, images: Tensor, labels: Tensor) -> None:
-    learner = LocalLearner(model, rule, optimizer=sgd)
+def assert_exact(model: nn.Module, rule, images: Tensor, labels: Tensor, backend: str) -> None:
+    learner = LocalLearner(model, rule, optimizer=sgd, backend=backend)
     expected = definition(model, learner, images, labels)
     actual = gradients(learner, images, labels)
     assert set(actual) == set(expected)
@@ -99,27 +105,31 @@ RULES += [("local-losses", {}), ("lls", {"label_smoothing": 0.2, "temperature": 
 
 
 @pytest.mark.parametrize(("name", "options"), RULES, ids=str)
-def test_gradients_of_every_rule_match_float64_autograd(name: str, options: dict) -> None:
+def test_gradients_of_every_rule_match_float64_autograd(
+    name: str, options: dict, backend: str
+) -> None:
     model = build_model("smallconv", num_classes=5).double()
     images, labels = batch(6, size=9, classes=5)  # 9 -> 4 -> 2: odd, and overlapping windows
-    assert_exact(model, build_rule(name, **options), images.double(), labels)
+    assert_exact(model, build_rule(name, **options), images.double(), labels, backend)
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_gradients_in_every_model_match_float64_autograd(name: str) -> None:
+def test_gradients_in_every_model_match_float64_autograd(name: str, backend: str) -> None:
     model = build_model(name, num_classes=3, in_channels=1).double()
     images, labels = batch(3, channels=1, size=33, classes=3)
-    assert_exact(model, build_rule("lls-mxm"), images.double(), labels)
+    assert_exact(model, build_rule("lls-mxm"), images.double(), labels, backend)
 
 
 @pytest.mark.parametrize(
     ("num", "channels", "classes", "why"),
     [(2, 1, 1, "one class"), (2, 1, 2, "smallest batch"), (5, 4, 7, "odd numbers")],
 )
-def test_gradients_at_the_edges(num: int, channels: int, classes: int, why: str) -> None:
+def test_gradients_at_the_edges(
+    num: int, channels: int, classes: int, why: str, backend: str
+) -> None:
     model = build_model("smallconv", num_classes=classes, in_channels=channels).double()
     images, labels = batch(num, channels, 11, classes)
-    assert_exact(model, build_rule("lls"), images.double(), labels)
+    assert_exact(model, build_rule("lls"), images.double(), labels, backend)
 
 
 def test_bp_is_plain_backpropagation() -> None:
@@ -139,10 +149,10 @@ def test_bp_is_plain_backpropagation() -> None:
 
 @pytest.mark.parametrize("rule", LOCAL)
 @pytest.mark.parametrize("name", list_models())
-def test_no_gradient_leaves_a_block(name: str, rule: str) -> None:
+def test_no_gradient_leaves_a_block(name: str, rule: str, backend: str) -> None:
     """What enters a block, and the images, receive no gradient; not a small one, none."""
     model = build_model(name, num_classes=3)
-    learner = LocalLearner(model, rule, optimizer=sgd)
+    learner = LocalLearner(model, rule, optimizer=sgd, backend=backend)
     images, labels = batch(2, size=32, classes=3)
     images.requires_grad_()
     entered: list[Tensor] = []
@@ -165,14 +175,14 @@ def test_no_gradient_leaves_a_block(name: str, rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", LOCAL)
-def test_an_update_does_not_depend_on_later_weights(rule: str) -> None:
+def test_an_update_does_not_depend_on_later_weights(rule: str, backend: str) -> None:
     """Perturbing a block leaves the updates of those before it as they were, bit for bit."""
     images, labels = batch(size=16)
     moved = []
     for scale in (1.0, 3.0):
         torch.manual_seed(1)
         model = build_model("smallconv")
-        learner = LocalLearner(model, rule, optimizer=sgd)
+        learner = LocalLearner(model, rule, optimizer=sgd, backend=backend)
         with torch.no_grad():
             model.conv3.conv.weight[0] *= scale
         moved.append(gradients(learner, images, labels))
@@ -203,13 +213,11 @@ def stack(depth: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("rule", LOCAL)
-def test_peak_memory_does_not_grow_with_depth(
-    rule: str, peak_memory_bytes: Callable[[Callable[[], object]], int]
-) -> None:
+def test_peak_memory_does_not_grow_with_depth(rule: str, backend: str) -> None:
     images, labels = batch(16, channels=8, size=32, classes=4)
     peaks = {}
     for depth in (4, 16, 64):
-        learner = LocalLearner(stack(depth), rule, num_classes=4)
+        learner = LocalLearner(stack(depth), rule, num_classes=4, backend=backend)
         learner.step(images, labels)  # the optimizers' states come at the first step
         peaks[depth] = peak_memory_bytes(lambda step=learner.step: step(images, labels))
     # What does grow is what a step returns: a loss and logits for each block, under 1 KiB.
@@ -218,7 +226,7 @@ def test_peak_memory_does_not_grow_with_depth(
     assert peaks[64] < 1.1 * peaks[4]
 
 
-def test_peak_memory_of_bp_does_grow_with_depth(peak_memory_bytes) -> None:
+def test_peak_memory_of_bp_does_grow_with_depth() -> None:
     """The measurement sees what it is there to see."""
     images, labels = batch(16, channels=8, size=32, classes=4)
     peaks = []
@@ -260,8 +268,8 @@ class NoHostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("rule", list_rules())
-def test_a_step_never_waits_for_the_device(rule: str) -> None:
-    learner = LocalLearner(build_model("smallconv"), rule, num_classes=10)
+def test_a_step_never_waits_for_the_device(rule: str, backend: str) -> None:
+    learner = LocalLearner(build_model("smallconv"), rule, num_classes=10, backend=backend)
     images, labels = batch(size=16)
     with NoHostReads():
         learner.step(images, labels)
@@ -313,8 +321,10 @@ def test_inference_switches_to_evaluation_and_a_step_back_to_training() -> None:
 
 
 @pytest.mark.parametrize("rule", ["bp", "lls", "lls-mxm"])
-def test_bf16_learns_and_keeps_float32_weights(rule: str) -> None:
-    learner = LocalLearner(build_model("smallconv", num_classes=4), rule, precision="bf16")
+def test_bf16_learns_and_keeps_float32_weights(rule: str, backend: str) -> None:
+    learner = LocalLearner(
+        build_model("smallconv", num_classes=4), rule, precision="bf16", backend=backend
+    )
     images, labels = batch(32, size=16, classes=4)
     first = learner.step(images, labels)
     for _ in range(15):
@@ -324,25 +334,27 @@ def test_bf16_learns_and_keeps_float32_weights(rule: str) -> None:
     assert {p.dtype for p in learner.parameters()} == {torch.float32}
 
 
-def test_memory_format_changes_speed_not_results() -> None:
+def test_memory_format_changes_speed_not_results(backend: str) -> None:
     images, labels = batch(size=16)
     moved = []
     for channels_last in (True, False):
         torch.manual_seed(1)
         model = build_model("smallconv").double()
-        learner = LocalLearner(model, "lls", optimizer=sgd, channels_last=channels_last)
+        learner = LocalLearner(
+            model, "lls", optimizer=sgd, channels_last=channels_last, backend=backend
+        )
         assert model.conv2.conv.weight.is_contiguous() != channels_last
         moved.append(gradients(learner, images.double(), labels))
     for name in moved[0]:
         torch.testing.assert_close(moved[0][name], moved[1][name], rtol=1e-9, atol=1e-13)
 
 
-def test_frozen_parameters_stay() -> None:
+def test_frozen_parameters_stay(backend: str) -> None:
     model = build_model("smallconv")
     for block in (model.conv1, model.conv2):
         block.requires_grad_(False)
     model.conv2.norm.requires_grad_(True)
-    learner = LocalLearner(model, "lls", optimizer=sgd)
+    learner = LocalLearner(model, "lls", optimizer=sgd, backend=backend)
     images, labels = batch(size=16)
     moved = gradients(learner, images, labels)
     still = [n for n, g in moved.items() if g.abs().max() == 0]
@@ -433,8 +445,8 @@ def test_a_forward_that_another_library_put_there_stays() -> None:
     assert vars(model.conv1)["forward"] is theirs
 
 
-def test_a_latent_rule_sees_float32_under_bf16() -> None:
-    learner = LocalLearner(build_model("smallconv"), "lls", precision="bf16")
+def test_a_latent_rule_sees_float32_under_bf16(backend: str) -> None:
+    learner = LocalLearner(build_model("smallconv"), "lls", precision="bf16", backend=backend)
     seen = []
     head = learner.heads[0]
     signal = head.signal
@@ -523,11 +535,15 @@ def test_errors_say_what_is_wrong(call, message: str) -> None:
 
 @pytest.mark.parametrize("in_training", [True, False])
 @pytest.mark.parametrize("optimizer", ["schedulefree-adamw", "schedulefree-sgd", "adamw", "sgd"])
-def test_training_goes_on_bit_for_bit_from_a_state(optimizer: str, in_training: bool) -> None:
+def test_training_goes_on_bit_for_bit_from_a_state(
+    optimizer: str, in_training: bool, backend: str
+) -> None:
     images, labels = batch(16, size=16)
 
     def fresh() -> LocalLearner:
-        return LocalLearner(build_model("smallconv"), "lls-mxm", optimizer=optimizer, lr=0.01)
+        return LocalLearner(
+            build_model("smallconv"), "lls-mxm", optimizer=optimizer, lr=0.01, backend=backend
+        )
 
     one = fresh()
     for _ in range(3):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 
 from locallearn._version import __version__
-from locallearn.errors import UserError
 
 _PACKAGES = ("torch", "torchvision", "triton", "schedulefree", "numpy", "scikit-learn", "pillow")
 
@@ -43,28 +41,6 @@ def device_name(device: str) -> str:
             pass
         return platform.processor() or platform.machine()
     return device
-
-
-def cxx_compiler() -> str | None:
-    """The C++ compiler that torch.compile would use on the CPU, or None."""
-    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
-        if name and (path := shutil.which(name)):
-            return path
-    return None
-
-
-def require_compiler(device: str) -> None:
-    """Raises UserError where torch.compile can't work on the device for want of a tool."""
-    if device == "cpu" and cxx_compiler() is None:
-        raise UserError(
-            "--compile on the CPU needs a C++ compiler (g++ or clang++), and none is on the PATH. "
-            "Install one, or leave out --compile."
-        )
-    if device == "cuda" and package_versions()["triton"] is None:
-        raise UserError(
-            "--compile on CUDA needs the package triton, which is not installed. "
-            "Install it, or leave out --compile."
-        )
 
 
 def git_commit() -> str | None:

@@ -24,19 +24,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
-from locallearn.engine.optimizers import OptimizerFactory, optimizer_factory, set_mode
+from locallearn.engine.finding import find_blocks, latent_shape, output_shapes
+from locallearn.engine.optimizers import (
+    OptimizerFactory,
+    ScheduleFreeAdamW,
+    optimizer_factory,
+    set_mode,
+)
+from locallearn.engine.units import BlockUnit, build_unit
 from locallearn.errors import UserError
-from locallearn.kernels import pool_latents, unpool_latents
+from locallearn.kernels import choose_backend
 from locallearn.models import Block
-from locallearn.rules import LatentHead, LatentRule, LatentSpec, Requirement, Rule, build_rule
+from locallearn.rules import LatentRule, LatentSpec, Requirement, Rule, build_rule
 
 PRECISIONS = ("fp32", "bf16")
 
-# Local heads see a block's output pooled to at most this many values (as in the authors' code).
-_MAX_LATENT_LENGTH = 2048
-_MAX_LATENT_SIZE = 4
+# Values of z for each block after which compiling has paid for itself on the CPU: it takes about
+# 4 s a block, and saves about 3 ns for each value (2 cores; benchmarks/results/).
+COMPILE_AFTER = 1_200_000_000
 
 
 @dataclass
@@ -77,7 +83,14 @@ class LocalLearner(nn.Module):
             statistics and heads.
         channels_last: keep 4-d weights and inputs in channels-last memory format, the faster one
             for convolutions.
-        compile: run each block's forward and backward through ``torch.compile``.
+        backend: how the blocks that allow it are updated. In closed form (docs/closed-form.md):
+            "reference" (plain PyTorch, the definition), "compiled" (torch.compile), "triton"; or
+            not: "autograd". "auto" is triton on CUDA; on the CPU autograd at first, and compiled as
+            soon as training has gone on for so long that compiling pays.
+        overlap_updates: on CUDA, run a block's weight gradient and update on a second stream
+            beside the next block's forward. Costs memory: what both streams use is freed later.
+        compile: run what takes the generic path (bp, blocks without a closed form) through
+            ``torch.compile``.
         recalibration_batches: how many of the last training batches to hold on to, so that the
             first inference after training can re-estimate BatchNorm's running statistics on them
             (with a schedule-free optimizer; see :meth:`recalibrate`). 0 holds none and leaves
@@ -103,6 +116,8 @@ class LocalLearner(nn.Module):
         example_input: Tensor | None = None,
         precision: str = "fp32",
         channels_last: bool = True,
+        backend: str = "auto",
+        overlap_updates: bool = False,
         compile: bool = False,
         recalibration_batches: int = 8,
     ) -> None:
@@ -122,13 +137,28 @@ class LocalLearner(nn.Module):
         self.channels_last = channels_last
         if channels_last:
             model.to(memory_format=torch.channels_last)
+        reference = next(model.parameters(), torch.empty(0))
+        self.backend = choose_backend(backend, reference.device.type, reference.dtype)
+        self._later_backend: str | None = None
+        if backend == "auto" and self.backend == "compiled":
+            self.backend, self._later_backend = "autograd", "compiled"
+        self._num_elements = 0  # values of z that the steps have made
+        self._side_stream: torch.cuda.Stream | None = None
+        if overlap_updates:
+            if reference.device.type != "cuda":
+                raise UserError(
+                    f"overlap_updates needs CUDA streams; the model is on {reference.device.type}."
+                )
+            self._side_stream = torch.cuda.Stream(  # type: ignore[no-untyped-call]
+                reference.device
+            )
 
         self._has_stepped = False
         # What the first inference after training re-estimates BatchNorm's statistics on.
         self._recent: deque[Tensor] = deque(maxlen=recalibration_batches)
         self._is_stale = False
         self.heads = nn.ModuleList()
-        self._units: list[_BlockUnit] = []
+        self._units: list[BlockUnit] = []
         self._forward: Callable[[Tensor], Tensor] = model.__call__
         make_optimizer = optimizer_factory(optimizer, lr=lr, weight_decay=weight_decay)
         if self.rule.requires is Requirement.LOCAL:
@@ -144,6 +174,7 @@ class LocalLearner(nn.Module):
         self._rest_ids = {id(p) for p in rest}
         self._rest_optimizer = make_optimizer(rest) if rest else None
         self._has_two_points = any(hasattr(o, "eval") for o in self.optimizers.values())
+        self._use_backend(self.backend)
         self.train()
 
     # -- what it is made of ---------------------------------------------------------------------
@@ -152,6 +183,11 @@ class LocalLearner(nn.Module):
     def block_names(self) -> list[str]:
         """Names of the blocks that learn locally, in the order of ``named_modules``."""
         return [unit.name for unit in self._units]
+
+    @property
+    def block_paths(self) -> dict[str, str]:
+        """Block name -> "closed form" or "generic": how its updates are computed."""
+        return {unit.name: unit.path for unit in self._units}
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
@@ -174,9 +210,9 @@ class LocalLearner(nn.Module):
         compile_blocks: bool,
     ) -> None:
         assert isinstance(self.rule, LatentRule)
-        blocks = _find_blocks(self.model, names)
+        blocks = find_blocks(self.model, names)
         foreign = {name: block for name, block in blocks.items() if not isinstance(block, Block)}
-        shapes = _output_shapes(self.model, foreign, example_input) if foreign else {}
+        shapes = output_shapes(self.model, foreign, example_input) if foreign else {}
         for name, block in blocks.items():
             parameters = list(block.parameters())
             reference = parameters[0] if parameters else torch.empty(0)
@@ -184,7 +220,7 @@ class LocalLearner(nn.Module):
                 latent_size, latent_length = block.latent_size, block.latent_length
                 basis_length = block.basis_length
             else:
-                latent_size, latent_length = _latent_shape(name, shapes[name])
+                latent_size, latent_length = latent_shape(name, shapes[name])
                 basis_length = None
             dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
             spec = LatentSpec(latent_length, self.num_classes, basis_length, dtype)
@@ -192,15 +228,35 @@ class LocalLearner(nn.Module):
             self.heads.append(head)
             trained = [p for p in [*parameters, *head.parameters()] if p.requires_grad]
             self._units.append(
-                _BlockUnit(
+                build_unit(
+                    compile_block=compile_blocks,
+                    side_stream=self._side_stream,
                     name=name,
                     block=block,
                     head=head,
                     latent_size=latent_size,
                     optimizer=make_optimizer(trained) if trained else None,
-                    compile_block=compile_blocks,
                 )
             )
+
+    def _use_backend(self, backend: str) -> None:
+        self.backend = backend
+        for unit in self._units:
+            unit.backend = backend
+        for optimizer in self.optimizers.values():
+            if isinstance(optimizer, ScheduleFreeAdamW):
+                optimizer.backend = backend
+
+    def _consider_compiling(self) -> None:
+        """Go over to the faster backend once the work done so far would have paid for it.
+
+        By then at most half of the time was lost, however long training goes on. Counted in
+        values and not in seconds, so that a run repeats, and resumes, exactly.
+        """
+        self._num_elements += sum(unit.num_elements for unit in self._units)
+        if self._later_backend and self._num_elements > COMPILE_AFTER * max(1, len(self._units)):
+            self._use_backend(self._later_backend)
+            self._later_backend = None
 
     def _autocast(self, device_type: str) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "fp32":
@@ -251,6 +307,8 @@ class LocalLearner(nn.Module):
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
             "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
+            "backend": self.backend,
+            "num_elements": self._num_elements,
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -266,6 +324,10 @@ class LocalLearner(nn.Module):
             raise ValueError("the state has optimizers for other blocks")
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+        self._num_elements = state["num_elements"]
+        if self._later_backend == state["backend"]:
+            self._use_backend(state["backend"])
+            self._later_backend = None
         super().train(state["training"])  # the modules alone: the optimizers' mode was loaded
 
     # -- inference and training -----------------------------------------------------------------
@@ -314,6 +376,8 @@ class LocalLearner(nn.Module):
             _standing_in(self._units, labels, signals),
         ):
             logits = self._forward(images)
+        if self._side_stream is not None:
+            torch.cuda.current_stream().wait_stream(self._side_stream)
         with torch.enable_grad():
             logits = logits if logits.dtype == torch.float64 else logits.float()
             loss = F.cross_entropy(logits, labels, label_smoothing=self.rule.label_smoothing)
@@ -324,6 +388,7 @@ class LocalLearner(nn.Module):
                 self._rest_optimizer.step()
                 self._rest_optimizer.zero_grad(set_to_none=True)
         self._has_stepped = True
+        self._consider_compiling()
         self._recent.append(images.detach())
         self._is_stale = self._has_two_points
         return StepResult(
@@ -349,76 +414,15 @@ class LocalLearner(nn.Module):
         return images
 
 
-class _BlockUnit:
-    """A block with its head and its optimizer: what is updated together."""
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        block: nn.Module,
-        head: LatentHead,
-        latent_size: int,
-        optimizer: Optimizer | None,
-        compile_block: bool,
-    ) -> None:
-        self.name = name
-        self.block = block
-        self.head = head
-        self.latent_size = latent_size
-        self.optimizer = optimizer
-        # Bound here, while the block's own forward is in place.
-        if isinstance(block, Block):
-            self._activation: Callable[..., Any] = block.activation
-            self._downsample: Callable[[Tensor], Tensor] | None = block.downsample
-        else:
-            self._activation = block.forward
-            self._downsample = None
-        if compile_block:
-            self._activation = torch.compile(self._activation)
-
-    def step(self, labels: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor, Tensor | None]:
-        """Forward and update.
-
-        Returns:
-            The detached output, the local loss, and the local logits or None.
-        """
-        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        activation = self._activation(*args, **kwargs)
-        if not isinstance(activation, Tensor):
-            raise UserError(
-                f"block {self.name!r} returns {type(activation).__name__}; a block's output must "
-                f"be one tensor."
-            )
-        hidden = activation.detach()
-        with torch.autocast(hidden.device.type, enabled=False):
-            latents = pool_latents(hidden, self.latent_size)
-            if latents.dtype in (torch.bfloat16, torch.float16):
-                latents = latents.float()
-            loss, logits, grad_latents = self.head.signal(latents, labels)
-            if activation.requires_grad:
-                activation.backward(  # type: ignore[no-untyped-call]
-                    unpool_latents(grad_latents, hidden, self.latent_size)
-                )
-            del activation
-            if self.optimizer is not None:
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-        if self._downsample is None:
-            return hidden, loss, logits
-        with torch.no_grad():
-            return self._downsample(hidden), loss, logits
-
-
 @contextlib.contextmanager
 def _standing_in(
-    units: Sequence[_BlockUnit],
+    units: Sequence[BlockUnit],
     labels: Tensor,
     signals: dict[str, tuple[Tensor, Tensor | None]],
 ) -> Iterator[None]:
-    """Within: every block's ``forward`` is its unit's step, whose results land in ``signals``."""
+    """Within: every block's ``forward`` is its unit's step; loss and logits go to ``signals``."""
 
-    def stand_in(unit: _BlockUnit) -> Callable[..., Any]:
+    def stand_in(unit: BlockUnit) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if unit.name in signals:
                 raise UserError(
@@ -444,77 +448,3 @@ def _standing_in(
                 unit.block.__dict__.pop("forward", None)
             else:
                 unit.block.__dict__["forward"] = forward
-
-
-def _find_blocks(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Module]:
-    modules = dict(model.named_modules())
-    if names is None:
-        blocks: dict[str, nn.Module] = {
-            name: module for name, module in modules.items() if isinstance(module, Block)
-        }
-        if not blocks:
-            raise UserError(
-                f"{type(model).__name__} holds no locallearn block. Name the modules that are to "
-                f"learn locally: blocks=[...], names as in model.named_modules()."
-            )
-        return blocks
-    if not names:
-        raise UserError("blocks=[] names no block; leave it out, or use rule 'bp'.")
-    for name in names:
-        if name not in modules:
-            raise UserError(f"the model has no module {name!r}; see model.named_modules().")
-    ordered = sorted(set(names), key=list(modules).index)
-    for outer in ordered:
-        for inner in ordered:
-            if inner != outer and (outer == "" or inner.startswith(outer + ".")):
-                raise UserError(f"block {inner!r} lies inside block {outer!r}; name one of them.")
-    return {name: modules[name] for name in ordered}
-
-
-def _output_shapes(
-    model: nn.Module, blocks: dict[str, nn.Module], example_input: Tensor | None
-) -> dict[str, torch.Size]:
-    """Block name -> shape of its output, read from one forward in evaluation mode."""
-    if example_input is None:
-        raise UserError(
-            f"blocks {', '.join(map(repr, blocks))} are not locallearn's own; give an "
-            f"example_input, from which the shapes of their outputs are read."
-        )
-    shapes: dict[str, torch.Size] = {}
-
-    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                shapes[name] = output.shape
-
-        return hook
-
-    handles = [block.register_forward_hook(record(name)) for name, block in blocks.items()]
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(example_input)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    for name in blocks:
-        if name not in shapes:
-            raise UserError(f"block {name!r} yields no tensor in the model's forward.")
-    return shapes
-
-
-def _latent_shape(name: str, shape: torch.Size) -> tuple[int, int]:
-    """(latent_size, latent_length) for a block whose output has this shape."""
-    if len(shape) == 2:
-        length = min(shape[1], _MAX_LATENT_LENGTH)
-        return length, length
-    if len(shape) != 4:
-        raise UserError(
-            f"block {name!r} yields shape {tuple(shape)}; (N, C, H, W) or (N, F) is expected."
-        )
-    channels, height, width = shape[1:]
-    size = min(_MAX_LATENT_SIZE, height, width)
-    while size > 1 and channels * size**2 > _MAX_LATENT_LENGTH:
-        size //= 2
-    return size, channels * size**2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from schedulefree import AdamWScheduleFree, SGDScheduleFree
@@ -17,30 +18,114 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 from locallearn.errors import UserError
+from locallearn.kernels import ScheduleFreeState, load_kernels
 from locallearn.registry import Registry
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 
 
-class PaperAdamWScheduleFree(AdamWScheduleFree):  # type: ignore[misc]
-    """Schedule-Free AdamW with the averaging weights of the version that the LLS authors used.
+class ScheduleFreeAdamW(AdamWScheduleFree):  # type: ignore[misc]
+    """The package's Schedule-Free AdamW, stepped by the op `schedulefree_step`.
 
-    x, the point to evaluate at, is a weighted average of the z_k. The package now weighs every
-    step alike; up to version 1.2.7 it weighed step k (from 0) by its bias correction,
-    1 - beta2^(k+1), so that the first thousand steps counted less. All of the paper's results
-    come from that: five epochs of CIFAR-10 (SmallConv, LLS) end 0.8 points higher with it.
+    Parameters, state and the train/eval switch are the package's. The step counter, the sum of
+    weights and the highest learning rate are 0-d float64 tensors on the parameters' device instead
+    of numbers on the host, so that a step can be captured in a CUDA graph.
 
-    The package takes c = w / weight_sum with w = lr^2, after adding w to weight_sum. Setting
-    weight_sum beforehand to w * (sum of earlier weights) / (this step's weight) makes c what it
-    was; the sum has a closed form in k, so no state is added.
+    Arguments:
+        params, lr, betas, eps, weight_decay, warmup_steps, r, weight_lr_power: as the package's.
+        averages_by_bias_correction: x, the point to evaluate at, is a weighted average of the z_k.
+            The package weighs every step alike; up to version 1.2.7 it weighed step k by its bias
+            correction, 1 - beta2^(k+1), so that the first thousand steps counted less. All of the
+            paper's results come from that: five epochs of CIFAR-10 (SmallConv, LLS) end 0.8
+            points higher with it.
+
+    Attributes:
+        backend: whose kernel steps.
+
+    Source: Defazio et al., "The Road Less Scheduled", arXiv 2405.15682.
     """
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.0025,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        *,
+        averages_by_bias_correction: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            r=r,
+            weight_lr_power=weight_lr_power,
+        )
+        self.backend = "reference"
+        self._averages_by_bias_correction = averages_by_bias_correction
+        self._rates: list[tuple[float, torch.Tensor] | None] = [None] * len(self.param_groups)
+        self._place_clocks()
+
+    def _place_clocks(self) -> None:
         for group in self.param_groups:
-            k, (_, beta2) = group["k"], group["betas"]
-            earlier = k - beta2 * (1 - beta2**k) / (1 - beta2)
-            group["weight_sum"] = group["lr"] ** 2 * earlier / (1 - beta2 ** (k + 1))
-        loss: float | None = super().step(closure)
+            device = group["params"][0].device
+            # MPS has no float64.
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            for name in ("k", "weight_sum", "lr_max"):
+                value = torch.as_tensor(group[name], dtype=dtype, device=device)
+                group[name] = value.detach().clone()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._place_clocks()
+
+    def _rate(self, number: int) -> torch.Tensor:
+        """The group's learning rate on the device, written only when it changes."""
+        group, known = self.param_groups[number], self._rates[number]
+        rate = torch.full_like(group["k"], group["lr"]) if known is None else known[1]
+        if known is not None and known[0] != group["lr"]:
+            rate.fill_(group["lr"])
+        self._rates[number] = (group["lr"], rate)
+        return rate
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        if not self.param_groups[0]["train_mode"]:
+            raise RuntimeError("the optimizer must be in training mode to step: call train().")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for number, group in enumerate(self.param_groups):
+            active = [p for p in group["params"] if p.grad is not None]
+            for p in active:
+                if "z" not in self.state[p]:
+                    layout = torch.preserve_format
+                    self.state[p]["z"] = torch.clone(p, memory_format=layout)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=layout)
+            load_kernels(self.backend).schedulefree_step(
+                active,
+                [p.grad for p in active if p.grad is not None],
+                [self.state[p]["z"] for p in active],
+                [self.state[p]["exp_avg_sq"] for p in active],
+                ScheduleFreeState(
+                    group["k"], group["weight_sum"], self._rate(number), group["lr_max"]
+                ),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                warmup_steps=group["warmup_steps"],
+                r=group["r"],
+                weight_lr_power=group["weight_lr_power"],
+                averages_by_bias_correction=self._averages_by_bias_correction,
+            )
         return loss
 
 
@@ -61,7 +146,9 @@ _OPTIMIZERS.add(
         "Schedule-Free AdamW, betas (0.9, 0.999): the paper's",
         5e-3,
         True,
-        lambda p, lr, wd: PaperAdamWScheduleFree(p, lr=lr, betas=(0.9, 0.999), weight_decay=wd),
+        lambda p, lr, wd: ScheduleFreeAdamW(
+            p, lr=lr, weight_decay=wd, averages_by_bias_correction=True
+        ),
     ),
 )
 _OPTIMIZERS.add(

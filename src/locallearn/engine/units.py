@@ -1,0 +1,443 @@
+"""A block with its head and its optimizer, updated together, and the two ways to do it.
+
+Shapes: N batch, C channels, H W height and width, F features, s pooling size, T latent length.
+
+**Closed form** (docs/closed-form.md): a block that is convolution or linear layer, BatchNorm and
+(Leaky)ReLU needs no autograd graph. One pass over the layer's output z gives the next block's
+input and the pooled moments, from which the tiny head makes the loss and every gradient but that of
+z; a second pass overwrites z with it. **Generic**: any other block runs under autograd, and its
+head receives the pooled output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from locallearn.errors import UserError
+from locallearn.kernels import (
+    ChannelStats,
+    Kernels,
+    Moments,
+    load_kernels,
+    moment_gradients,
+    moment_latents,
+    pool_latents,
+    unpool_latents,
+)
+from locallearn.models import Block, ConvBlock, DepthwiseSeparableBlock, LinearBlock
+from locallearn.rules import LatentHead, ProjectionHead, accumulate_grad
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class UnitResult(NamedTuple):
+    """What a block's step yields: its detached output, local loss, and local logits or None."""
+
+    output: Any
+    loss: Tensor
+    logits: Tensor | None
+
+
+class _Signal(NamedTuple):
+    """What a head says to the closed form; grad_latents is shaped like the moments."""
+
+    loss: Tensor
+    logits: Tensor | None
+    grad_latents: Tensor
+    grad_gamma: Tensor
+    grad_beta: Tensor
+
+
+class BlockUnit:
+    """What every unit is.
+
+    Arguments:
+        name: of the block in the model.
+        block: the module.
+        head: the rule's, for this block.
+        latent_size: s, or T for a block whose output is (N, F).
+        optimizer: of the block's and the head's parameters; None where all are frozen.
+
+    Attributes:
+        backend: whose kernels compute; the learner sets it.
+        num_elements: values of z (generic: of the output) in the last step.
+    """
+
+    backend: str = "autograd"
+    num_elements: int = 0
+
+    @property
+    def path(self) -> str:
+        """ "closed form" or "generic"."""
+        return "generic"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        block: nn.Module,
+        head: LatentHead,
+        latent_size: int,
+        optimizer: Optimizer | None,
+    ) -> None:
+        self.name = name
+        self.block = block
+        self.head = head
+        self.latent_size = latent_size
+        self.optimizer = optimizer
+
+    @property
+    def kernels(self) -> Kernels:
+        """The ops of the backend."""
+        return load_kernels(self.backend)
+
+    def step(self, labels: Tensor, *args: Any, **kwargs: Any) -> UnitResult:
+        """Forward and update."""
+        raise NotImplementedError
+
+    def _update(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+
+class GenericUnit(BlockUnit):
+    """Autograd inside the block; nothing of it is left afterwards.
+
+    Arguments:
+        compile_block: run the block's forward and backward through torch.compile.
+    """
+
+    def __init__(self, *, compile_block: bool = False, **settings: Any) -> None:
+        super().__init__(**settings)
+        # Bound here, while the block's own forward is in place.
+        if isinstance(self.block, Block):
+            self._activation: Callable[..., Any] = self.block.activation
+            self._downsample: Callable[[Tensor], Tensor] | None = self.block.downsample
+        else:
+            self._activation = self.block.forward
+            self._downsample = None
+        if compile_block:
+            self._activation = torch.compile(self._activation)
+
+    def step(self, labels: Tensor, *args: Any, **kwargs: Any) -> UnitResult:
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        activation = self._activation(*args, **kwargs)
+        if not isinstance(activation, Tensor):
+            raise UserError(
+                f"block {self.name!r} returns {type(activation).__name__}; a block's output must "
+                f"be one tensor."
+            )
+        hidden = activation.detach()
+        self.num_elements = hidden.numel()
+        with torch.autocast(hidden.device.type, enabled=False):
+            latents = pool_latents(hidden, self.latent_size)
+            if latents.dtype in _LOW_PRECISION:
+                latents = latents.float()
+            loss, logits, grad_latents = self.head.signal(latents, labels)
+            if activation.requires_grad:
+                activation.backward(  # type: ignore[no-untyped-call]
+                    unpool_latents(grad_latents, hidden, self.latent_size)
+                )
+            del activation
+            self._update()
+        if self._downsample is None:
+            return UnitResult(hidden, loss, logits)
+        with torch.no_grad():
+            return UnitResult(self._downsample(hidden), loss, logits)
+
+
+class _Normalized:
+    """BatchNorm and (Leaky)ReLU of a block, as the kernels take them."""
+
+    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d, nonlinearity: nn.Module) -> None:
+        self.norm = norm
+        self.gamma, self.beta = norm.weight, norm.bias
+        self.slope = float(getattr(nonlinearity, "negative_slope", 0.0))
+
+    def stats(self, z: Tensor, kernels: Kernels) -> ChannelStats:
+        norm = self.norm
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        assert norm.momentum is not None
+        return kernels.channel_stats(
+            z, norm.running_mean, norm.running_var, eps=norm.eps, momentum=norm.momentum
+        )
+
+
+class ClosedFormUnit(GenericUnit):
+    """Convolution or linear layer, BatchNorm, (Leaky)ReLU: see the top of this file.
+
+    Arguments:
+        side_stream: a CUDA stream for all that the next block does not wait for: head, backward,
+            weight gradient and update. None runs them in line. The learner waits for it at the
+            end of the step.
+
+    Where the backend is "autograd", it is a generic unit.
+    """
+
+    def __init__(self, *, side_stream: torch.cuda.Stream | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        assert isinstance(self.block, ConvBlock | LinearBlock | DepthwiseSeparableBlock)
+        block = self.block
+        self._normalized = _Normalized(block.norm, block.nonlinearity)
+        self._max_pool: int = getattr(block.pool, "kernel_size", 1)
+        self._side_stream = side_stream
+
+    @property
+    def path(self) -> str:
+        return "generic" if self.backend == "autograd" else "closed form"
+
+    def step(self, labels: Tensor, *args: Any, **kwargs: Any) -> UnitResult:
+        if self.backend == "autograd":
+            return super().step(labels, *args, **kwargs)
+        (x,) = (*args, *kwargs.values())
+        with torch.no_grad():
+            return self._closed_form(labels, x)
+
+    def _closed_form(self, labels: Tensor, x: Tensor) -> UnitResult:
+        assert isinstance(self.block, ConvBlock | LinearBlock)
+        layer = self.block.conv if isinstance(self.block, ConvBlock) else self.block.linear
+        with _computing(x) as x:
+            weight = layer.weight.to(x.dtype)
+            z = _apply(layer, x, weight)
+            output, stats, moments = self._forward(z)
+            with self._aside(x, weight, z, *stats, *moments):
+                head = self._learn(moments, labels)
+                if layer.weight.requires_grad:
+                    grad_z = self._grad_z(z, head, stats)
+                    _give(layer.weight, _grad_weight(layer, grad_z, x, weight))
+                    del grad_z
+                del z
+                self._update()
+        return UnitResult(output, head.loss, head.logits)
+
+    def _forward(self, z: Tensor) -> tuple[Tensor, ChannelStats, Moments]:
+        self.num_elements = z.numel()
+        normalized = self._normalized
+        stats = normalized.stats(z, self.kernels)
+        output, moments = self.kernels.block_forward(
+            z,
+            stats,
+            normalized.gamma,
+            normalized.beta,
+            negative_slope=normalized.slope,
+            latent_size=self.latent_size,
+            max_pool=self._max_pool,
+        )
+        assert moments is not None
+        return output, stats, moments
+
+    def _learn(self, moments: Moments, labels: Tensor) -> _Signal:
+        """The head; afterwards gamma, beta and the head's own parameters have their gradients."""
+        result = self._signal(moments, labels)
+        _give(self._normalized.gamma, result.grad_gamma)
+        _give(self._normalized.beta, result.grad_beta)
+        return result
+
+    def _signal(self, moments: Moments, labels: Tensor) -> _Signal:
+        gamma, beta, head = self._normalized.gamma, self._normalized.beta, self.head
+        if isinstance(head, ProjectionHead) and head.has_closed_form:
+            result = self.kernels.local_head(
+                moments,
+                gamma,
+                beta,
+                head.projection(),
+                labels,
+                normalize=head.normalize,
+                temperature=head.temperature,
+                label_smoothing=head.label_smoothing,
+                needs_grad_projection=head.is_trained,
+            )
+            if result.grad_projection is not None:
+                head.projection_backward(result.grad_projection)
+            return _Signal(
+                result.loss,
+                result.logits,
+                result.grad_latents,
+                result.grad_gamma,
+                result.grad_beta,
+            )
+        unpooled = moment_latents(moments, gamma, beta)
+        is_linear = unpooled.ndim == 2
+        latents = pool_latents(unpooled, self.latent_size) if is_linear else unpooled.flatten(1)
+        loss, logits, grad = head.signal(latents, labels)
+        if is_linear:
+            grad = unpool_latents(grad, unpooled, self.latent_size)
+        grad = grad.view(unpooled.shape)
+        return _Signal(loss, logits, grad, *moment_gradients(moments, grad))
+
+    def _grad_z(self, z: Tensor, head: _Signal, stats: ChannelStats) -> Tensor:
+        """dL/dz, in z's memory."""
+        normalized = self._normalized
+        return self.kernels.block_backward(
+            z,
+            head.grad_latents,
+            stats,
+            normalized.gamma,
+            normalized.beta,
+            head.grad_gamma,
+            head.grad_beta,
+            negative_slope=normalized.slope,
+        )
+
+    def _aside(self, *tensors: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """On the side stream, after what the current one has been given so far."""
+        if self._side_stream is None:
+            return contextlib.nullcontext()
+        self._side_stream.wait_stream(torch.cuda.current_stream())
+        for tensor in tensors:
+            tensor.record_stream(self._side_stream)
+        return torch.cuda.stream(self._side_stream)
+
+
+class DepthwiseSeparableUnit(ClosedFormUnit):
+    """The closed form at the last BatchNorm; below it, backpropagation inside the block.
+
+    u is the depthwise convolution's output, a the activation made of it, z the pointwise one's.
+    Every gradient overwrites what is done with: that of z lies in z, of a in a, of u in u.
+    """
+
+    def _closed_form(self, labels: Tensor, x: Tensor) -> UnitResult:
+        assert isinstance(self.block, DepthwiseSeparableBlock)
+        block, kernels = self.block, self.kernels
+        inner = _Normalized(block.depthwise_norm, block.depthwise_nonlinearity)
+        with _computing(x) as x:
+            depthwise_weight = block.depthwise.weight.to(x.dtype)
+            pointwise_weight = block.pointwise.weight.to(x.dtype)
+            u = _apply(block.depthwise, x, depthwise_weight)
+            inner_stats = inner.stats(u, kernels)
+            a, _ = kernels.block_forward(
+                u,
+                inner_stats,
+                inner.gamma,
+                inner.beta,
+                negative_slope=inner.slope,
+                latent_size=None,
+            )
+            z = _apply(block.pointwise, a, pointwise_weight)
+            output, stats, moments = self._forward(z)
+            below = (block.depthwise.weight, inner.gamma, inner.beta)
+            with self._aside(x, u, a, z, *inner_stats, *stats, *moments):
+                head = self._learn(moments, labels)
+                grad_z = self._grad_z(z, head, stats)
+                if block.pointwise.weight.requires_grad:
+                    grad_weight = _grad_weight(block.pointwise, grad_z, a, pointwise_weight)
+                    _give(block.pointwise.weight, grad_weight)
+                if any(p.requires_grad for p in below):
+                    grad_a = _pointwise_grad_input(block.pointwise, grad_z, a, pointwise_weight)
+                    del z, grad_z, a
+                    grad_u, grad_gamma, grad_beta = kernels.norm_backward(
+                        u,
+                        grad_a,
+                        inner_stats,
+                        inner.gamma,
+                        inner.beta,
+                        negative_slope=inner.slope,
+                    )
+                    del grad_a
+                    _give(inner.gamma, grad_gamma)
+                    _give(inner.beta, grad_beta)
+                    if block.depthwise.weight.requires_grad:
+                        grad_weight = _grad_weight(block.depthwise, grad_u, x, depthwise_weight)
+                        _give(block.depthwise.weight, grad_weight)
+                self._update()
+        return UnitResult(output, head.loss, head.logits)
+
+
+@contextlib.contextmanager
+def _computing(x: Tensor) -> Iterator[Tensor]:
+    """Within: no autocast; yields x, detached, in the dtype that autocast computes in."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        yield x.detach().to(dtype)
+
+
+def _give(parameter: Tensor, gradient: Tensor) -> None:
+    if parameter.requires_grad:
+        assert isinstance(parameter, nn.Parameter)
+        accumulate_grad(parameter, gradient.to(parameter.dtype))
+
+
+def _apply(layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
+    """z, channels-last where x is."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight)
+    return torch.ops.aten.convolution(x, weight, *_geometry(layer))  # type: ignore[no-any-return]
+
+
+def _geometry(layer: nn.Conv2d) -> tuple[Any, ...]:
+    return (None, layer.stride, layer.padding, layer.dilation, False, [0, 0], layer.groups)
+
+
+def _grad_weight(layer: nn.Conv2d | nn.Linear, grad_z: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return grad_z.T @ x
+    return _conv_backward(layer, grad_z, x, weight, [False, True, False])[1]
+
+
+def _pointwise_grad_input(layer: nn.Conv2d, grad_z: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+    """dL/da of a 1x1 convolution, over a itself where both lie channels-last."""
+    layout = torch.channels_last
+    if not (a.is_contiguous(memory_format=layout) and grad_z.is_contiguous(memory_format=layout)):
+        return _conv_backward(layer, grad_z, a, weight, [True, False, False])[0]
+    grad_rows, rows = (t.permute(0, 2, 3, 1).view(-1, t.shape[1]) for t in (grad_z, a))
+    torch.mm(grad_rows, weight.flatten(1), out=rows)
+    return a
+
+
+def _conv_backward(
+    layer: nn.Conv2d, grad_z: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        grad_z, x, weight, *_geometry(layer), wanted
+    )
+
+
+def has_closed_form(block: nn.Module) -> bool:
+    """Whether a block is one of those that the closed form covers, as this package made it.
+
+    A hook or a parametrization on one of its parts would be passed over, a subclass may compute
+    something else, and a BatchNorm without scale, or that averages without end, is another: these
+    take the generic path.
+    """
+    if type(block) not in (ConvBlock, LinearBlock, DepthwiseSeparableBlock):
+        return False
+    assert isinstance(block, Block)
+    for part in block.children():
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks:
+            return False
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+            if type(part) not in (nn.BatchNorm1d, nn.BatchNorm2d):
+                return False
+            if not part.affine or part.momentum is None:
+                return False
+        elif isinstance(part, nn.Conv2d | nn.Linear):
+            is_usual = type(part) in (nn.Conv2d, nn.Linear) and part.bias is None
+            if not is_usual or getattr(part, "padding_mode", "zeros") != "zeros":
+                return False
+        elif type(part) is nn.MaxPool2d:
+            if part.kernel_size != part.stride or part.padding or part.ceil_mode:
+                return False
+        elif type(part) not in (nn.LeakyReLU, nn.ReLU, nn.Identity):
+            return False
+    return True
+
+
+def build_unit(*, side_stream: torch.cuda.Stream | None, **settings: Any) -> BlockUnit:
+    """The unit that fits a block; ``settings`` are those of :class:`GenericUnit`."""
+    block = settings["block"]
+    if not has_closed_form(block):
+        return GenericUnit(**settings)
+    if isinstance(block, DepthwiseSeparableBlock):
+        return DepthwiseSeparableUnit(side_stream=side_stream, **settings)
+    return ClosedFormUnit(side_stream=side_stream, **settings)

@@ -1,0 +1,246 @@
+"""The closed form as the engine's path: which blocks take it, and the same training as without."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from locallearn import LocalLearner, UserError, build_model
+from locallearn.engine.learner import COMPILE_AFTER
+from locallearn.engine.measuring import peak_memory_bytes
+from locallearn.engine.units import has_closed_form
+from locallearn.kernels import cxx_compiler
+from locallearn.models import Block, ConvBlock, DepthwiseSeparableBlock, LinearBlock
+
+pytestmark = pytest.mark.filterwarnings("default")  # what torch's compiler warns of is not ours
+
+
+def problem(num: int = 32, size: int = 8, classes: int = 4) -> tuple[Tensor, Tensor]:
+    """Images whose mean says something of the class, so that there is something to learn."""
+    labels = torch.randint(classes, (num,))
+    return torch.randn(num, 3, size, size) + labels[:, None, None, None] / 2, labels
+
+
+def network() -> nn.Module:
+    """One block of each kind, small: float64 convolutions are slow."""
+    return nn.Sequential(
+        ConvBlock(3, 6, latent_size=2, max_pool=2),
+        DepthwiseSeparableBlock(6, 8, latent_size=2),
+        nn.Flatten(),
+        LinearBlock(8 * 9, 16, latent_size=8),
+        nn.Linear(16, 4),
+    )
+
+
+def trajectory(backend: str, dtype: torch.dtype, rule: str, num_steps: int) -> Tensor:
+    """(steps, 1 + blocks): the losses of a training, the same for every backend but for rounding.
+
+    Plain SGD, whose steps are as small as the gradients: Adam's first steps are as large as the
+    learning rate whatever the gradient is, and turn rounding into a difference at once.
+    """
+    torch.manual_seed(5)
+    learner = LocalLearner(
+        network().to(dtype),
+        rule,
+        num_classes=4,
+        backend=backend,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    )
+    batches = [problem(16, size=7) for _ in range(10)]
+    rows = []
+    for number in range(num_steps):
+        images, labels = batches[number % len(batches)]
+        result = learner.step(images.to(dtype), labels)
+        rows.append(torch.stack([result.loss, *result.block_losses.values()]))
+    return torch.stack(rows).double()
+
+
+@pytest.mark.parametrize("rule", ["lls", "lls-m", "lls-mxm", "local-losses"])
+def test_300_steps_in_float64_are_those_of_autograd(rule: str) -> None:
+    expected = trajectory("autograd", torch.float64, rule, 300)
+    assert expected[-10:].mean() < 0.9 * expected[:10].mean(), "nothing was learned"
+    actual = trajectory("reference", torch.float64, rule, 300)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
+
+
+def test_300_steps_in_float64_compiled() -> None:
+    if cxx_compiler() is None:
+        pytest.skip("no C++ compiler on this machine: torch.compile can't be used on its CPU")
+    expected = trajectory("reference", torch.float64, "lls-mxm", 300)
+    actual = trajectory("compiled", torch.float64, "lls-mxm", 300)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_300_steps_in_float32_stray_no_further_than_autograds(backend: str) -> None:
+    """From the float64 trajectory, at most twice as far as plain PyTorch's own float32."""
+    if backend == "compiled" and cxx_compiler() is None:
+        pytest.skip("no C++ compiler on this machine: torch.compile can't be used on its CPU")
+    exact = trajectory("autograd", torch.float64, "lls-mxm", 300)
+    plain = (trajectory("autograd", torch.float32, "lls-mxm", 300) - exact).abs()
+    ours = (trajectory(backend, torch.float32, "lls-mxm", 300) - exact).abs()
+    assert ours.mean() <= 2 * plain.mean() + 1e-6
+    assert ours.max() <= 2 * plain.max() + 1e-5
+
+
+def test_every_block_of_the_package_takes_it() -> None:
+    for name in ("smallconv", "vgg8", "mobilenet-v1"):
+        learner = LocalLearner(build_model(name), "lls", backend="reference")
+        assert set(learner.block_paths.values()) == {"closed form"}
+        plain = LocalLearner(build_model(name), "lls", backend="autograd")
+        assert set(plain.block_paths.values()) == {"generic"}
+
+
+def no_affine(block: ConvBlock) -> None:
+    block.norm = nn.BatchNorm2d(4, affine=False)
+
+
+def endless_average(block: ConvBlock) -> None:
+    block.norm.momentum = None
+
+
+def biased(block: ConvBlock) -> None:
+    block.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+
+def circular(block: ConvBlock) -> None:
+    block.conv = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular", bias=False)
+
+
+def hooked(block: ConvBlock) -> None:
+    block.conv.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def parametrized(block: ConvBlock) -> None:
+    nn.utils.parametrizations.weight_norm(block.conv)
+
+
+def gelu(block: ConvBlock) -> None:
+    block.nonlinearity = nn.GELU()
+
+
+def overlapping_pool(block: ConvBlock) -> None:
+    block.pool = nn.MaxPool2d(3, stride=2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [no_affine, endless_average, biased, circular, hooked, parametrized, gelu, overlapping_pool],
+    ids=lambda change: change.__name__,
+)
+def test_a_changed_block_takes_the_generic_path(change) -> None:
+    """Else the change would be passed over. Its gradients are then autograd's own."""
+    block = ConvBlock(3, 4, latent_size=2, max_pool=2)
+    assert has_closed_form(block)
+    change(block)
+    assert not has_closed_form(block)
+    model = nn.Sequential(block, nn.Flatten(), nn.LazyLinear(4))
+    images, labels = problem(8)
+    model(images)
+    learner = LocalLearner(model, "lls", num_classes=4, backend="reference")
+    assert learner.block_paths == {"0": "generic"}
+    learner.step(images, labels)
+
+
+def test_a_subclass_takes_the_generic_path() -> None:
+    class Doubled(ConvBlock):
+        def activation(self, x: Tensor) -> Tensor:
+            return super().activation(x) * 2
+
+    assert not has_closed_form(Doubled(3, 4, latent_size=2))
+
+
+def test_relu_is_slope_zero() -> None:
+    torch.manual_seed(2)
+    model = build_model("smallconv", num_classes=4).double()
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.nonlinearity = nn.ReLU()
+    images, labels = problem(8)
+    moved = []
+    for backend in ("autograd", "reference"):
+        twin = copy.deepcopy(model)
+        learner = LocalLearner(
+            twin, "lls", backend=backend, optimizer=lambda p: torch.optim.SGD(p, lr=1.0)
+        )
+        learner.step(images.double(), labels)
+        moved.append(torch.cat([p.detach().flatten() for p in twin.parameters()]))
+    torch.testing.assert_close(*moved, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("model", ["smallconv", "vgg8", "mobilenet-v1"])
+def test_running_statistics_are_batch_norms(model: str) -> None:
+    torch.manual_seed(2)
+    network = build_model(model, num_classes=4).double()
+    images, labels = problem(4, size=32)
+    states = []
+    for backend in ("autograd", "reference"):
+        twin = copy.deepcopy(network)
+        LocalLearner(twin, "lls", backend=backend).step(images.double(), labels)
+        states.append({k: v for k, v in twin.state_dict().items() if "running" in k or "num_" in k})
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_peak_memory_is_the_largest_blocks_own_tensors() -> None:
+    """Input, z and output of the second block; 15 % for all else."""
+    if cxx_compiler() is None:
+        pytest.skip("no C++ compiler on this machine: torch.compile can't be used on its CPU")
+    blocks = [ConvBlock(c, 16, latent_size=2, max_pool=p) for c, p in ((3, 1), (16, 2), (16, 1))]
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    learner = LocalLearner(
+        model, "lls-mxm", num_classes=4, backend="compiled", recalibration_batches=0
+    )
+    images, labels = problem(32, size=32)
+    images = images.contiguous(memory_format=torch.channels_last)
+    learner.step(images, labels)
+    peak = peak_memory_bytes(lambda: learner.step(images, labels))
+    z = 4 * 32 * 16 * 32 * 32
+    own = z + z + z // 4  # of the second block, whose output is pooled
+    first = z + z  # of the first, whose input is the images
+    assert max(own, first) <= peak <= 1.15 * max(own, first)
+
+
+# -- which backend ------------------------------------------------------------------------------
+
+
+def test_auto_goes_over_to_the_fast_backend_when_that_pays(monkeypatch) -> None:
+    """By the work done, so that a run repeats, and resumes, exactly."""
+    monkeypatch.setattr("locallearn.engine.learner.choose_backend", lambda *args: "compiled")
+    learner = LocalLearner(build_model("smallconv", num_classes=4), "lls")
+    assert learner.backend == "autograd"
+    used = []
+    monkeypatch.setattr(learner, "_use_backend", used.append)
+    images, labels = problem(8)
+    learner.step(images, labels)
+    values = learner.training_state()["num_elements"]
+    assert values == 8 * (32 * 64 + 64 * 16 + 128 * 4 + 512)
+    learner._num_elements = 4 * COMPILE_AFTER - values
+    learner.step(images, labels)
+    assert used == []
+    learner.step(images, labels)
+    assert used == ["compiled"]
+
+
+def test_backends_that_cannot_run_are_refused(monkeypatch) -> None:
+    model = build_model("smallconv")
+    with pytest.raises(UserError, match=r"unknown backend 'cuda'. .*Valid: auto, autograd"):
+        LocalLearner(model, "lls", backend="cuda")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"'triton' needs a CUDA device, and this is cpu. Use"):
+            LocalLearner(model, "lls", backend="triton")
+    monkeypatch.setattr("locallearn.kernels.backends.cxx_compiler", lambda: None)
+    with pytest.raises(UserError, match=r"'compiled' needs a C\+\+ compiler"):
+        LocalLearner(model, "lls", backend="compiled")
+    assert LocalLearner(model, "lls").backend == "autograd"
+
+
+def test_overlapping_updates_need_streams() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("with a CUDA device the model would first have to be moved there")
+    with pytest.raises(UserError, match="overlap_updates needs CUDA streams"):
+        LocalLearner(build_model("smallconv"), "lls", overlap_updates=True)
