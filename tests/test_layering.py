@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "rules": {"kernels"},
     "models": set(),
-    "data": set(),
+    "data": {"kernels"},
     "engine": {"kernels", "rules", "models", "data"},
     "analysis": {"kernels", "rules", "models", "data", "engine"},
     "cli": {"kernels", "rules", "models", "data", "engine", "analysis"},

@@ -13,10 +13,9 @@ from locallearn.data.augment import (
     Draws,
     crop_corner,
     draw_epoch,
-    erase,
-    normalize,
 )
 from locallearn.data.images import MemoryImages
+from locallearn.kernels import Crops, load_kernels
 
 
 def drawn(recipe: Augmentation, num: int, size: tuple[int, int], seed: int = 0) -> Draws:
@@ -24,8 +23,12 @@ def drawn(recipe: Augmentation, num: int, size: tuple[int, int], seed: int = 0) 
 
 
 def crops(images: MemoryImages, recipe: Augmentation, size, draws: Draws) -> torch.Tensor:
+    """The pixels themselves, (B, H, W, C): mean 0 and a std of 1/255 leave them as they are."""
     (batch,) = images.batches([torch.arange(len(images))], [draws], size, recipe)
-    return batch
+    channels = images.pixels.shape[1]
+    std = torch.full((channels,), 1 / 255)
+    out = load_kernels("reference").augment(batch, torch.zeros(channels), std, size=size)
+    return out.permute(0, 2, 3, 1).round().to(torch.uint8)
 
 
 def ragged(sizes: list[tuple[int, int]], channels: int = 3) -> tuple[MemoryImages, list]:
@@ -119,18 +122,40 @@ def test_erase_probability_and_place() -> None:
     box = drawn(recipe, 5000, (16, 16)).box
     share = (box[:, 2] > 0).double().mean().item()
     assert share == pytest.approx(0.2, abs=0.03)
-    images = torch.ones(2, 3, 6, 6)
-    erase(images, torch.tensor([[1, 2, 3, 4], [0, 0, 0, 0]], dtype=torch.int32))
+
+
+def plain(images: torch.Tensor) -> Crops:
+    """Whole images, (B, H, W, C) uint8, as they are."""
+    b, h, w, c = images.shape
+    zero = torch.zeros(b, dtype=torch.int64)
+    return Crops(
+        images.reshape(-1, c),
+        torch.arange(b) * h * w,
+        zero + h,
+        zero + w,
+        zero,
+        zero,
+        torch.zeros(b, dtype=torch.bool),
+        torch.zeros(b, 4, dtype=torch.int32),
+    )
+
+
+def test_erasing_sets_the_mean_colour() -> None:
+    box = torch.tensor([[1, 2, 3, 4], [0, 0, 0, 0]], dtype=torch.int32)
+    crops = plain(torch.full((2, 6, 6, 3), 255, dtype=torch.uint8))._replace(box=box)
+    images = load_kernels("reference").augment(crops, torch.zeros(3), torch.ones(3), size=(6, 6))
     expected = torch.ones(6, 6)
     expected[1:4, 2:6] = 0
-    assert torch.equal(images[0], expected.expand(3, 6, 6))
-    assert torch.equal(images[1], torch.ones(3, 6, 6))
+    torch.testing.assert_close(images[0], expected.expand(3, 6, 6))
+    torch.testing.assert_close(images[1], torch.ones(3, 6, 6))
 
 
 def test_normalize() -> None:
     images = torch.randint(256, (2, 5, 4, 3), dtype=torch.uint8)
     mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 1.0)
-    out = normalize(images, torch.tensor(mean), torch.tensor(std))
+    out = load_kernels("reference").augment(
+        plain(images), torch.tensor(mean), torch.tensor(std), size=(5, 4)
+    )
     expected = v2.functional.normalize(images.permute(0, 3, 1, 2) / 255, list(mean), list(std))
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)

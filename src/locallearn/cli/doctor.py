@@ -16,12 +16,8 @@ def doctor() -> None:
     from locallearn._version import __version__
     from locallearn.data.dataset import default_data_dir, free_memory_bytes
     from locallearn.engine import choose_device
-    from locallearn.engine.environment import (
-        cxx_compiler,
-        device_name,
-        git_commit,
-        package_versions,
-    )
+    from locallearn.engine.environment import device_name, git_commit, package_versions
+    from locallearn.kernels import BACKENDS, choose_backend, cxx_compiler, missing_for
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -58,8 +54,9 @@ def doctor() -> None:
         "cpu": "neither a CUDA device nor Apple's GPU is there",
     }[device]
     print(f"\n--device auto means {device}: {why}.")
-    if device == "cpu":
-        if compiler is None:
-            print("--compile can't be used: it needs a C++ compiler on the CPU.")
-        else:
-            print(f"--compile can be used: it would compile with {compiler}.")
+    backend = choose_backend("auto", device)
+    where = ", on a run long enough for compiling to pay" if backend == "compiled" else ""
+    print(f"--backend auto means {backend} there{where}.")
+    for name in BACKENDS[1:]:
+        if missing := missing_for(name, device):
+            print(f"--backend {name} can't be used: it {missing}.")

@@ -124,11 +124,19 @@ def train(
             _COMPUTE,
         ),
     ] = True,
+    backend: Annotated[
+        str,
+        _option(
+            "How blocks are updated: auto, autograd, or in closed form by reference, compiled or "
+            "triton. Default: auto (triton on CUDA; on the CPU compiled, if the run is long).",
+            _COMPUTE,
+        ),
+    ] = "auto",
     compile: Annotated[
         bool,
         _option(
-            "Whether to run blocks through torch.compile; needs a C++ compiler on the CPU. "
-            "Default: no.",
+            "Whether to run what takes no such backend (bp) through torch.compile; needs a C++ "
+            "compiler on the CPU. Default: no.",
             _COMPUTE,
         ),
     ] = False,

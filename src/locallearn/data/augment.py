@@ -129,26 +129,3 @@ def crop_corner(
             start = torch.round((extent - crop) / 2).long()
         corner.append(start)
     return corner[0], corner[1]
-
-
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 (B, H, W, C) to float32 (B, C, H, W) in channels-last memory: (x/255 - mean) / std."""
-    scale = 1 / (255 * std)
-    out = torch.addcmul(-mean / std, images, scale)
-    return out.permute(0, 3, 1, 2)
-
-
-def erase(images: Tensor, box: Tensor) -> None:
-    """Set each image's rectangle to zero, the mean colour after normalisation, in place.
-
-    Arguments:
-        images: (B, C, H, W).
-        box: (B, 4) as in :class:`Draws`.
-    """
-    height, width = images.shape[2:]
-    top, left, h, w = (column[:, None] for column in box.unbind(1))
-    rows = torch.arange(height, device=images.device)
-    columns = torch.arange(width, device=images.device)
-    inside_rows = (rows >= top) & (rows < top + h)
-    inside_columns = (columns >= left) & (columns < left + w)
-    images.masked_fill_((inside_rows[:, :, None] & inside_columns[:, None, :])[:, None], 0.0)

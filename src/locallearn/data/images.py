@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from locallearn.data.augment import Augmentation, Draws, crop_corner
 from locallearn.data.reading import num_workers_for, read_all, read_image, try_read, worker_settings
 from locallearn.errors import UserError
+from locallearn.kernels import Crops
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class ImageSource(Protocol):
         draws: Sequence[Draws],
         size: tuple[int, int],
         recipe: Augmentation,
-    ) -> Iterator[Tensor]:
-        """For each index batch the crops, uint8 (B, H, W, C), mirrored where drawn."""
+    ) -> Iterator[Crops]:
+        """For each index batch which pixels make it, for the op `augment`."""
         ...
 
     def fingerprint(self) -> str:
@@ -78,8 +79,9 @@ class ImageSource(Protocol):
 class MemoryImages:
     """Decoded images of any sizes, all in one tensor.
 
-    A batch is one gather: every output pixel's place in ``pixels`` follows from its image's
-    offset and width, so choosing images, cropping, padding and mirroring cost one pass together.
+    A batch is one gather (the op `augment`): every output pixel's place in ``pixels`` follows from
+    its image's offset and width, so choosing images, cropping, padding, mirroring, normalising and
+    erasing cost one pass together.
 
     Arguments:
         pixels: (P, C), uint8, the images' rows one after the other.
@@ -131,30 +133,12 @@ class MemoryImages:
         draws: Sequence[Draws],
         size: tuple[int, int],
         recipe: Augmentation,
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Crops]:
         for index, draw in zip(indices, draws, strict=True):
-            yield self._crops(index, draw, size, recipe)
-
-    def _crops(
-        self, index: Tensor, draw: Draws, size: tuple[int, int], recipe: Augmentation
-    ) -> Tensor:
-        heights, widths = self.heights[index], self.widths[index]
-        top, left = crop_corner(heights, widths, size, draw.place, recipe)
-        rows = top[:, None] + torch.arange(size[0], device=top.device)  # (B, H)
-        columns = left[:, None] + torch.arange(size[1], device=top.device)  # (B, W)
-        if recipe.flip:
-            columns = torch.where(draw.flip[:, None], columns.flip(1), columns)
-        inside = None
-        if recipe.pad:
-            inside_rows = (rows >= 0) & (rows < heights[:, None])
-            inside_columns = (columns >= 0) & (columns < widths[:, None])
-            inside = inside_rows[:, :, None, None] & inside_columns[:, None, :, None]
-            rows = rows.clamp_min(0).minimum(heights[:, None] - 1)
-            columns = columns.clamp_min(0).minimum(widths[:, None] - 1)
-        starts = self.offsets[index][:, None] + rows * widths[:, None]  # (B, H)
-        pixel = starts[:, :, None] + columns[:, None, :]  # (B, H, W)
-        crops = self.pixels.index_select(0, pixel.flatten()).view(*pixel.shape, -1)
-        return crops if inside is None else crops.mul_(inside)
+            heights, widths = self.heights[index], self.widths[index]
+            top, left = crop_corner(heights, widths, size, draw.place, recipe)
+            offsets = self.offsets[index]
+            yield Crops(self.pixels, offsets, heights, widths, top, left, draw.flip, draw.box)
 
     def fingerprint(self) -> str:
         crc = zlib.crc32(self.pixels.cpu().numpy().data)
@@ -197,8 +181,9 @@ class FileImages:
         draws: Sequence[Draws],
         size: tuple[int, int],
         recipe: Augmentation,
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Crops]:
         device = self.labels.device
+        height, width = size
         items = [
             list(zip(index.tolist(), draw.place.tolist(), strict=True))
             for index, draw in zip(indices, draws, strict=True)
@@ -216,9 +201,18 @@ class FileImages:
             if isinstance(crops, str):
                 raise UserError(f"unreadable image {crops}. Remove or replace it.")
             batch = crops.to(device, non_blocking=True)
-            if recipe.flip:
-                batch = torch.where(draw.flip[:, None, None, None], batch.flip(2), batch)
-            yield batch
+            offsets = torch.arange(0, len(batch) * height * width, height * width, device=device)
+            corner = torch.zeros_like(offsets)
+            yield Crops(
+                batch.flatten(0, 2),
+                offsets,
+                torch.full_like(offsets, height),
+                torch.full_like(offsets, width),
+                corner,
+                corner,
+                draw.flip,
+                draw.box,
+            )
 
     def fingerprint(self) -> str:
         crc = zlib.crc32(self.labels.cpu().numpy().data)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from locallearn.data.augment import NO_AUGMENTATION, Augmentation, draw_epoch, erase, normalize
+from locallearn.data.augment import NO_AUGMENTATION, Augmentation, draw_epoch
 from locallearn.data.images import FileImages, ImageSource, InputSpec, MemoryImages, decode_all
 from locallearn.data.reading import (
     ImageHeader,
@@ -24,6 +24,7 @@ from locallearn.data.reading import (
     try_read,
 )
 from locallearn.errors import UserError
+from locallearn.kernels import Crops, load_kernels
 
 
 class ImageLoader:
@@ -41,6 +42,7 @@ class ImageLoader:
         augmentation: what the images undergo; by default the centre crop alone.
         shuffle: a new order each epoch, or the source's own.
         seed: of order and augmentation.
+        backend: whose kernel makes the batches.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class ImageLoader:
         augmentation: Augmentation = NO_AUGMENTATION,
         shuffle: bool = False,
         seed: int = 0,
+        backend: str = "reference",
     ) -> None:
         if isinstance(source, MemoryImages):
             smallest = int(source.heights.min()), int(source.widths.min())
@@ -65,6 +68,7 @@ class ImageLoader:
         self.device = device
         self.shuffle = shuffle
         self.seed = seed
+        self.backend = backend
         self._size = inputs.image_size
         self._recipe = augmentation
         self._mean = torch.tensor(inputs.mean, device=device)
@@ -83,14 +87,19 @@ class ImageLoader:
         return self._ends[-1]
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch.
+        """The batches of an epoch: images, float32 (B, C, H, W) channels-last; labels (B,)."""
+        for crops, labels in self.crops(epoch, start):
+            yield self.images(crops), labels
+
+    def crops(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Crops, Tensor]]:
+        """The batches of an epoch, before :meth:`images` makes them.
 
         Arguments:
             epoch: chooses order and augmentation, from 0.
             start: first batch to yield.
 
         Yields:
-            images, float32 (B, C, H, W) in channels-last memory; labels, int64 (B,).
+            which pixels; labels, int64 (B,).
 
         Raises:
             UserError: an image file that can't be read.
@@ -108,11 +117,13 @@ class ImageLoader:
         parts = [slice(a, b) for a, b in pairwise(bounds)][start:]
         indices, batch_draws = [order[part] for part in parts], [draws[part] for part in parts]
         crops = self.source.batches(indices, batch_draws, self._size, self._recipe)
-        for index, draw, batch in zip(indices, batch_draws, crops, strict=True):
-            images = normalize(batch, self._mean, self._std)
-            if self._recipe.erase_probability:
-                erase(images, draw.box)
-            yield images, self.source.labels[index]
+        for index, batch in zip(indices, crops, strict=True):
+            yield batch, self.source.labels[index]
+
+    def images(self, crops: Crops) -> Tensor:
+        """A batch's images, float32 (B, C, H, W) in channels-last memory."""
+        kernels = load_kernels(self.backend)
+        return kernels.augment(crops, self._mean, self._std, size=self._size)
 
 
 def read_for_prediction(

@@ -10,8 +10,11 @@ import torch
 from locallearn.data import Dataset, ImageLoader, ImageSource, InputSpec, load_dataset
 from locallearn.data.dataset import free_memory_bytes
 from locallearn.engine.config import TrainConfig
-from locallearn.engine.learner import LocalLearner
+from locallearn.engine.finding import count_normalized
+from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
+from locallearn.kernels import choose_backend
 from locallearn.models import build_model
+from locallearn.rules import Requirement
 
 # Batches that BatchNorm's running statistics are re-estimated on before an evaluation, where the
 # optimizer evaluates at other weights than it trains at (as the authors do).
@@ -80,9 +83,37 @@ def build_learner(
         weight_decay=settings.weight_decay,
         precision=settings.precision,
         channels_last=settings.channels_last,
+        backend="autograd" if device is None else settings.backend,
         compile=compile,
         recalibration_batches=0,  # the training loop does it, on more of them
     )
+
+
+def choose_run_backend(settings: TrainConfig, dataset: Dataset) -> str:
+    """The backend of a run, "auto" made definite: on the CPU, compiled where that will pay.
+
+    Arguments:
+        settings: resolved.
+        dataset: what it trains on; tells how many steps there will be.
+    """
+    assert settings.device is not None
+    assert settings.epochs is not None
+    backend = choose_backend(settings.backend, settings.device)
+    if settings.backend != "auto" or backend != "compiled":
+        return backend
+    if settings.build_rule().requires is not Requirement.LOCAL:
+        return "autograd"
+    with torch.device("meta"):
+        model = build_model(
+            settings.model,
+            num_classes=dataset.num_classes,
+            in_channels=dataset.inputs.num_channels,
+            image_size=dataset.inputs.image_size,
+        )
+        image = torch.empty(1, dataset.inputs.num_channels, *dataset.inputs.image_size)
+        num_blocks, num_values = count_normalized(model, image)
+    total = num_values * len(dataset.train) * settings.epochs
+    return "compiled" if total > COMPILE_AFTER * num_blocks else "autograd"
 
 
 def training_loader(settings: TrainConfig, dataset: Dataset, device: torch.device) -> ImageLoader:
@@ -95,6 +126,7 @@ def training_loader(settings: TrainConfig, dataset: Dataset, device: torch.devic
         augmentation=dataset.augmentation,
         shuffle=True,
         seed=settings.seed,
+        backend=settings.backend,
     )
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from locallearn.data import AUGMENTATIONS, dataset_spec
-from locallearn.engine.environment import require_compiler
 from locallearn.engine.learner import PRECISIONS
 from locallearn.engine.optimizers import check_schedule, optimizer_spec
 from locallearn.errors import UserError, unknown_name
+from locallearn.kernels import choose_backend, missing_for
 from locallearn.models import model_spec
 from locallearn.rules import Rule, build_rule
 
@@ -56,6 +56,7 @@ class TrainConfig:
     precision: str = "fp32"
     device: str = "auto"
     channels_last: bool = True
+    backend: str = "auto"
     compile: bool = False
     num_threads: int | None = None
     seed: int = 0
@@ -94,8 +95,9 @@ class TrainConfig:
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--weight-decay must be at least 0, got {self.weight_decay}.")
         device = choose_device(self.device)
-        if self.compile:
-            require_compiler(device)
+        if self.compile and (missing := missing_for("compiled", device)):
+            raise UserError(f"--compile {missing}. Install it, or leave out --compile.")
+        choose_backend(self.backend, device)
         options = rule.options()
         filled: dict[str, Any] = {name: options.get(name) for name in _RULE_OPTIONS}
         return dataclasses.replace(
@@ -129,7 +131,12 @@ class TrainConfig:
             )
         config = cls(**settings)
         # What depends on the machine is not looked at: weights are read anywhere.
-        portable: dict[str, Any] = {"device": "cpu", "compile": False, "data_dir": None}
+        portable: dict[str, Any] = {
+            "device": "cpu",
+            "backend": "autograd",
+            "compile": False,
+            "data_dir": None,
+        }
         own = {name: settings[name] for name in portable}
         try:
             resolved = dataclasses.replace(dataclasses.replace(config, **portable).resolve(), **own)
@@ -189,6 +196,8 @@ def differing_settings(saved: TrainConfig, given: dict[str, Any]) -> list[str]:
     for name, value in given.items():
         if name == "device":
             value = choose_device(value)
+        if name == "backend" and value == "auto":
+            continue  # the run's own choice
         if value != ours[name]:
             differing.append(f"{flag(name)} (run: {ours[name]}, given: {value})")
     return differing

@@ -18,6 +18,7 @@ from torch import Tensor
 from locallearn.data import Dataset, FileImages
 from locallearn.engine.building import (
     build_learner,
+    choose_run_backend,
     evaluation_loader,
     load_data,
     recalibrate,
@@ -206,6 +207,7 @@ class Trainer:
         run.check_free()
         settings = settings.resolve()
         dataset = load_data(settings)
+        settings = replace(settings, backend=choose_run_backend(settings, dataset))
         config = RunConfig(
             settings=settings,
             inputs=dataset.inputs,
@@ -418,6 +420,8 @@ class Trainer:
             "device": settings.device,
             "device_name": self.config.environment["device_name"],
             "precision": settings.precision,
+            "backend": settings.backend,
+            "block_paths": self.learner.block_paths,
         }
         if "val_acc" in last:
             val_accs = [row["val_acc"] for row in self.rows]
