@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from locallearn.data import Dataset, FileImages
+from locallearn.data import Dataset, FileImages, MemoryImages
+from locallearn.engine.allocator import keep_freed_memory
 from locallearn.engine.building import (
     build_learner,
     choose_run_backend,
@@ -27,6 +29,7 @@ from locallearn.engine.building import (
 from locallearn.engine.config import TrainConfig, differing_settings
 from locallearn.engine.environment import describe_environment
 from locallearn.engine.evaluation import evaluate
+from locallearn.engine.graphs import GraphedStep, can_be_graphed
 from locallearn.engine.learner import LocalLearner, StepResult
 from locallearn.engine.optimizers import build_schedule, optimizer_spec
 from locallearn.engine.run import (
@@ -38,6 +41,7 @@ from locallearn.engine.run import (
 )
 from locallearn.engine.weights import save_weights
 from locallearn.errors import UserError
+from locallearn.kernels import Crops
 
 # Steps between looks at the losses for NaN and infinity where looking makes the host wait for
 # the device. On the CPU every step is looked at.
@@ -160,6 +164,8 @@ class Trainer:
         self.stop_signal: int | None = None
 
         torch.set_num_threads(settings.num_threads)
+        if settings.device == "cpu":
+            keep_freed_memory()
         torch.manual_seed(settings.seed)
         self.device = torch.device(settings.device)
         self.learner = build_learner(
@@ -178,6 +184,12 @@ class Trainer:
         self.train_loader = training_loader(settings, dataset, self.device)
         if self.train_loader.num_images < 2:
             raise UserError("a training set of one image is too small: BatchNorm needs two.")
+        # On CUDA the whole step, augmentation included, is one graph; see `graphs`.
+        self._step: Callable[[Crops, Tensor], StepResult] = self._plain_step
+        if can_be_graphed(self.learner):
+            source = self.train_loader.source
+            resident = [source.pixels] if isinstance(source, MemoryImages) else []
+            self._step = GraphedStep(self.learner, self._make_batch, resident)
         size = settings.test_batch_size
         self.test_loader = evaluation_loader(dataset.test, dataset, size, self.device)
         self.val_loader = None
@@ -318,8 +330,8 @@ class Trainer:
         names = self.learner.block_names
         began = time.perf_counter() - self.train_seconds
         interval = 1 if self.device.type == "cpu" else _CHECK_INTERVAL
-        for images, labels in self.train_loader.epoch(self.epoch, start=self.step):
-            result = self.learner.step(images, labels)
+        for crops, labels in self.train_loader.crops(self.epoch, start=self.step):
+            result = self._step(crops, labels)
             losses = torch.stack([result.loss, *(result.block_losses[name] for name in names)])
             self.sums.add(losses, result, labels, names)
             self.step += 1
@@ -336,6 +348,12 @@ class Trainer:
         self._check_losses()
         self._synchronize()
         self.train_seconds = time.perf_counter() - began
+
+    def _make_batch(self, crops: Crops, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.train_loader.images(crops), labels
+
+    def _plain_step(self, crops: Crops, labels: Tensor) -> StepResult:
+        return self.learner.step(*self._make_batch(crops, labels))
 
     def _finish_epoch(self) -> Row:
         """Evaluate, write the row and the checkpoint, and go to the next epoch."""
@@ -421,6 +439,7 @@ class Trainer:
             "device_name": self.config.environment["device_name"],
             "precision": settings.precision,
             "backend": settings.backend,
+            "cuda_graph": isinstance(self._step, GraphedStep),
             "block_paths": self.learner.block_paths,
         }
         if "val_acc" in last:

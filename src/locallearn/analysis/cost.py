@@ -1,0 +1,259 @@
+"""What a training step costs: multiply-accumulates, parameters, and peak activation memory.
+
+Shapes: N batch, C channels, H W height and width, T latent length, K classes, R rows of a basis.
+
+Everything follows from the shapes of the layers, which one forward on the meta device yields;
+nothing is computed. 1 MAC is one multiplication and one addition.
+
+**Learning signal** is what generates dL/dh, the gradient at a block's output. For backpropagation
+it is the input-gradient product of every layer after the first; for a projection rule, 2 T K for
+each block (project, project back), K more for LLS-M, 2 R K more for LLS-MxM (design: its T K are
+then T R). The paper prints such figures without a formula.
+
+**Memory** is what a step allocates beyond parameters, optimizer state and the batch of images, at
+its highest moment: a sum over the tensors that live at once, followed through the step. A local
+rule in closed form holds one block's input, z and output; backpropagation holds every layer's saved
+tensors, and then gradients as those go. Both as PyTorch computes them on the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from locallearn.models import Block, BlockNetwork, ConvBlock, DepthwiseSeparableBlock, LinearBlock
+from locallearn.rules import (
+    BasisHead,
+    LatentRule,
+    LatentSpec,
+    MatrixModulatedHead,
+    Rule,
+    VectorModulatedHead,
+)
+
+_INDEX_BYTES = 8  # a max-pool under autograd keeps int64 indices
+# oneDNN's weight gradient is made in a layout of its own and reordered twice.
+_WEIGHT_GRADIENT_COPIES = 3
+# s0, s1 and G; the head's latent and its gradient before it.
+_NUM_MOMENTS = 4
+# What the update of a weight makes on the way, in plain PyTorch.
+_UPDATE_COPIES = 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A convolution or linear layer with the BatchNorm and activation behind it, for one sample.
+
+    Arguments:
+        num_macs: of the forward, and of each of the two gradient products.
+        x, z: values of the input and of the layer's output.
+        output: values handed on, after the max-pool.
+        num_weights: of the layer.
+        is_pooled: whether a max-pool follows.
+    """
+
+    num_macs: int
+    x: int
+    z: int
+    output: int
+    num_weights: int
+    is_pooled: bool
+
+
+@dataclass(frozen=True)
+class BlockShapes:
+    """A block's stages (one, or two of a depthwise-separable block), and its moments' values."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    moments: int
+    latent_length: int
+    basis_length: int | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step costs.
+
+    Attributes:
+        learning_signal_macs: for each sample.
+        forward_macs, total_macs: for each sample, of the forward and of the whole step.
+        num_params: of the network; num_additional_params: what the rule trains besides.
+        peak_activation_bytes: of the batch.
+        largest_block: name of the block at which the peak stands; "" for backpropagation.
+    """
+
+    learning_signal_macs: int
+    forward_macs: int
+    total_macs: int
+    num_params: int
+    num_additional_params: int
+    peak_activation_bytes: int
+    largest_block: str
+
+    @property
+    def peak_activation_mib(self) -> float:
+        return self.peak_activation_bytes / 2**20
+
+
+def step_cost(
+    model: BlockNetwork,
+    rule: Rule,
+    *,
+    image_shape: tuple[int, int, int],
+    batch_size: int,
+    bytes_per_value: int = 4,
+) -> Cost:
+    """The cost of one training step.
+
+    Arguments:
+        model: one of the package's networks; only its shapes are looked at.
+        rule: a projection rule, or backpropagation.
+        image_shape: (C, H, W).
+        batch_size: N.
+        bytes_per_value: of activations: 4 in float32, 2 in bfloat16.
+    """
+    blocks, classifier = _trace(model, image_shape)
+    num_params = sum(p.numel() for p in model.parameters())
+    stages = [stage for block in blocks for stage in block.stages]
+    forward = sum(stage.num_macs for stage in stages) + classifier.num_macs
+    if not isinstance(rule, LatentRule):
+        signal = forward - stages[0].num_macs
+        peak = _peak_of_backprop(stages, classifier, batch_size, bytes_per_value)
+        return Cost(signal, forward, 2 * forward + signal, num_params, 0, peak, "")
+
+    signal = inside = additional = 0
+    for block in blocks:
+        heads = _head_macs(rule, block, model.num_classes)
+        signal += heads.signal
+        additional += heads.num_params
+        # Within a block of two layers backpropagation goes on.
+        inside += heads.gradient + sum(stage.num_macs for stage in block.stages[1:])
+    total = 2 * forward + signal + inside
+    name, peak = _peak_of_local_rule(blocks, batch_size, bytes_per_value)
+    return Cost(signal, forward, total, num_params, additional, peak, name)
+
+
+@dataclass(frozen=True)
+class _HeadMacs:
+    """signal: project and project back; gradient: of D; num_params: trained in the head."""
+
+    signal: int
+    gradient: int
+    num_params: int
+
+
+def _head_macs(rule: LatentRule, block: BlockShapes, num_classes: int) -> _HeadMacs:
+    t, k = block.latent_length, num_classes
+    head = rule.build_head(LatentSpec(t, k, block.basis_length))
+    num_params = sum(p.numel() for p in head.parameters() if p.requires_grad)
+    if isinstance(head, MatrixModulatedHead):
+        rows = head.modulation.shape[0]
+        return _HeadMacs(2 * t * rows + 2 * rows * k, rows * k, num_params)
+    if isinstance(head, VectorModulatedHead):
+        return _HeadMacs(2 * t * k + k, k, num_params)
+    if isinstance(head, BasisHead):
+        return _HeadMacs(2 * t * k, 0, num_params)
+    return _HeadMacs(2 * t * k, t * k, num_params)
+
+
+def _trace(
+    model: BlockNetwork, image_shape: tuple[int, int, int]
+) -> tuple[list[BlockShapes], Stage]:
+    """Shapes of every block, and of the classifier, from a forward of one sample on meta."""
+    shapes: dict[nn.Module, tuple[int, int]] = {}
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        shapes[module] = (inputs[0].numel(), output.numel())
+
+    twin = copy.deepcopy(model).to("meta")
+    for module in twin.modules():
+        if isinstance(module, Block | nn.Conv2d | nn.Linear):
+            module.register_forward_hook(record)
+    with torch.no_grad():
+        twin.eval()(torch.empty(1, *image_shape, device="meta"))
+
+    def stage(layer: nn.Module, output: int | None = None, is_pooled: bool = False) -> Stage:
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        x, z = shapes[layer]
+        num_weights = layer.weight.numel()
+        positions = z // layer.weight.shape[0]
+        return Stage(
+            positions * num_weights, x, z, z if output is None else output, num_weights, is_pooled
+        )
+
+    blocks = []
+    for name, block in twin.named_modules():
+        if not isinstance(block, Block):
+            continue
+        is_pooled, output = not isinstance(block.pool, nn.Identity), shapes[block][1]
+        if isinstance(block, DepthwiseSeparableBlock):
+            stages: tuple[Stage, ...] = (
+                stage(block.depthwise),
+                stage(block.pointwise, output, is_pooled),
+            )
+        else:
+            assert isinstance(block, ConvBlock | LinearBlock)
+            layer = block.conv if isinstance(block, ConvBlock) else block.linear
+            stages = (stage(layer, output, is_pooled),)
+        is_linear = isinstance(block, LinearBlock)
+        moments = block.out_channels if is_linear else block.latent_length
+        blocks.append(BlockShapes(name, stages, moments, block.latent_length, block.basis_length))
+    return blocks, stage(twin.classifier)
+
+
+def _peak_of_local_rule(
+    blocks: list[BlockShapes], batch_size: int, bytes_per_value: int
+) -> tuple[str, int]:
+    """The block that needs the most, and how many bytes."""
+    peaks = []
+    for number, block in enumerate(blocks):
+        values = 0 if number == 0 else block.stages[0].x  # the images are the caller's
+        values += sum(stage.z + stage.output for stage in block.stages)
+        moments = _NUM_MOMENTS * 4 * block.moments  # always float32
+        weights = 4 * sum(stage.num_weights for stage in block.stages)
+        weights += (_WEIGHT_GRADIENT_COPIES - 1) * 4 * block.stages[-1].num_weights
+        peaks.append((batch_size * (values * bytes_per_value + moments) + weights, block.name))
+    peak, name = max(peaks)
+    return name, peak
+
+
+def _peak_of_backprop(
+    stages: list[Stage], classifier: Stage, batch_size: int, bytes_per_value: int
+) -> int:
+    """Followed through the backward, from the last stage to the first, and the update."""
+    saved = [batch_size * _saved(stage, bytes_per_value) for stage in stages]
+    weights = 4 * classifier.num_weights
+    peak = sum(saved)
+    for number in reversed(range(len(stages))):
+        stage = stages[number]
+        before = sum(saved[:number])
+        z, output, x = (batch_size * bytes_per_value * v for v in (stage.z, stage.output, stage.x))
+        for live in _backward_of(stage, z, output, x if number else 0, saved[number]):
+            peak = max(peak, before + weights + live)
+        weights += 4 * stage.num_weights
+    largest = max(stage.num_weights for stage in stages)
+    return max(peak, weights + _UPDATE_COPIES * 4 * largest)
+
+
+def _saved(stage: Stage, bytes_per_value: int) -> int:
+    """Bytes that autograd keeps of a stage: z for BatchNorm, the activation over it, and of a
+    max-pool its output (the next stage's input) and its indices."""
+    kept = 2 * stage.z * bytes_per_value
+    if stage.is_pooled:
+        kept += stage.output * (bytes_per_value + _INDEX_BYTES)
+    return kept
+
+
+def _backward_of(stage: Stage, z: int, output: int, x: int, saved: int) -> Iterator[int]:
+    """Bytes alive, of this stage, at each step of its backward."""
+    if stage.is_pooled:
+        yield saved + output + z  # gradients of the max-pool's output and input
+    yield 2 * z + 2 * z  # z and h; gradients of h and of v
+    yield z + 2 * z  # z; gradients of v and of z
+    # Gradients of z, of x and of the weights.
+    yield z + x + _WEIGHT_GRADIENT_COPIES * 4 * stage.num_weights

@@ -1,0 +1,214 @@
+"""`locallearn bench`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from locallearn.errors import UserError
+
+if TYPE_CHECKING:
+    from locallearn.engine.benchmark import BenchmarkConfig, GateResult
+    from locallearn.engine.op_benchmark import MachineRates, OpTime
+
+RED_GATE = 1
+
+
+def bench(
+    model: Annotated[str, typer.Option(help="Network; `locallearn list models`.")] = "smallconv",
+    rules: Annotated[
+        str, typer.Option(help="Local rules, separated by commas.")
+    ] = "lls,lls-m,lls-mxm",
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
+    image_size: Annotated[int, typer.Option(help="Height and width, pixels.")] = 32,
+    channels: Annotated[int, typer.Option(help="Of the images.")] = 3,
+    classes: Annotated[int, typer.Option(help="How many.")] = 10,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="Of the closed form: auto, compiled, triton or reference.")
+    ] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads. Default: one a core.", show_default=False)
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="How often each side is timed.")] = 25,
+    ops: Annotated[
+        bool,
+        typer.Option(
+            "--ops", help="Also time each op of an LLS step beside the least it could take."
+        ),
+    ] = False,
+    json: Annotated[
+        str | None, typer.Option(help="Write gate, record and rows.", metavar="FILE.json")
+    ] = None,
+    plot: Annotated[str | None, typer.Option(help="Write a bar chart.", metavar="FILE.png")] = None,
+) -> int:
+    """Step time and memory beside a tuned backpropagation, in turn, once the gate is green."""
+    # The profiler, which counts allocations, tells of itself on standard error.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    import torch
+
+    from locallearn.analysis import plot_benchmark
+    from locallearn.engine import PRECISIONS, choose_device
+    from locallearn.engine.allocator import keep_freed_memory
+    from locallearn.engine.benchmark import BenchmarkConfig, run_benchmark, same_weights
+    from locallearn.engine.environment import describe_environment
+    from locallearn.engine.files import check_target, write_atomically, write_json
+    from locallearn.engine.op_benchmark import time_ops
+    from locallearn.errors import unknown_name
+    from locallearn.kernels import choose_backend
+    from locallearn.models import build_model
+
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    limits = (("channels", channels, 1), ("classes", classes, 1), ("batch-size", batch_size, 2))
+    for name, value, low in (*limits, ("rounds", rounds, 1), ("threads", threads or 1, 1)):
+        if value < low:
+            raise UserError(f"--{name} must be at least {low}, got {value}.")
+    for given, name in ((json, "--json"), (plot, "--plot")):
+        if given is not None:
+            check_target(Path(given), name)
+    place = choose_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    keeps_memory = place == "cpu" and keep_freed_memory()
+    config = BenchmarkConfig(
+        model=model,
+        rules=tuple(name.strip() for name in rules.split(",") if name.strip()),
+        batch_size=batch_size,
+        image_shape=(channels, image_size, image_size),
+        num_classes=classes,
+        precision=precision,
+        device=place,
+        backend=choose_backend(backend, place),
+        num_rounds=rounds,
+    )
+    if not config.rules:
+        raise UserError("--rules is empty; name one or more, separated by commas.")
+
+    def fresh() -> Any:
+        return build_model(model, num_classes=classes, in_channels=channels, image_size=image_size)
+
+    torch.manual_seed(config.seed)
+    build = same_weights(fresh)
+    console = Console(highlight=False)
+    with console.status("") as status:
+        result = run_benchmark(config, build, status.update)
+        timed = None
+        if ops and result.gate.is_green:
+            status.update("ops")
+            timed = time_ops(
+                build(),
+                image_shape=config.image_shape,
+                batch_size=batch_size,
+                num_classes=classes,
+                backend=config.backend,
+                precision=precision,
+                device=torch.device(place),
+            )
+    record: dict[str, Any] = {
+        "command": "locallearn " + " ".join(sys.argv[1:]),
+        "settings": asdict(config),
+        "num_threads": torch.get_num_threads(),
+        "keeps_freed_memory": keeps_memory,
+        "environment": describe_environment(place),
+    }
+    document = {
+        "gate": "green" if result.gate.is_green else "red",
+        "gate_errors": result.gate.errors,
+        "record": record,
+        "rows": result.rows,
+    }
+    if timed is not None:
+        document["machine"] = asdict(timed[0])
+        document["ops"] = [asdict(each) for each in timed[1]]
+    if json is not None:
+        write_json(Path(json), document)
+    _print_gate(result.gate)
+    if not result.gate.is_green:
+        print("No figures: the gate is red.", file=sys.stderr)
+        return RED_GATE
+    title = _title(config, record)
+    console.print(_table(result.rows, title))
+    if timed is not None:
+        console.print(_op_table(*timed))
+    if json is not None:
+        print(f"written to {json}")
+    if plot is not None:
+        target = Path(plot)
+        write_atomically(target, plot_benchmark(result.rows, title, target))
+        print(f"bar chart written to {plot}")
+    return 0
+
+
+def _title(config: BenchmarkConfig, record: dict[str, Any]) -> str:
+    channels, height, width = config.image_shape
+    return (
+        f"{config.model}, {channels}x{height}x{width}, batch {config.batch_size}, "
+        f"{config.precision}, {record['environment']['device_name']} ({config.device}), "
+        f"{record['num_threads']} threads"
+    )
+
+
+def _print_gate(gate: GateResult) -> None:
+    state = "green" if gate.is_green else "RED"
+    print(f"gate {state}: largest gradient error, a share of the gradient's norm")
+    for name, error in gate.errors.items():
+        print(f"  {name:28} {error:.1e}")
+
+
+def _table(rows: list[dict[str, Any]], title: str) -> Table:
+    from locallearn.analysis import side_name
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("side", no_wrap=True)
+    for heading in ("ms a step", "p20-p80", "x bp*", "images/s", "MiB", "of bp*"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            side_name(row) + ("*" if row["is_tuned_bp"] else ""),
+            f"{row['step_time_ms_median']:.1f}",
+            f"{row['step_time_ms_p20']:.1f}-{row['step_time_ms_p80']:.1f}",
+            f"{row['speedup_vs_tuned_bp_median']:.2f}",
+            f"{row['images_per_second']:,.0f}",
+            f"{row['peak_activation_mib']:.1f}",
+            f"{row['activation_vs_tuned_bp']:.2f}",
+        )
+    table.caption = (
+        "* the fastest backpropagation, which the others are compared with: "
+        "x bp, how many times faster; of bp, share of its activation memory"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _op_table(rates: MachineRates, times: list[OpTime]) -> Table:
+    """Ops by row, blocks by column: milliseconds, and the floor below."""
+    blocks = list(dict.fromkeys(each.block for each in times))
+    found = {(each.op, each.block): each for each in times}
+    table = Table(
+        title=f"ms of each op by itself, and below it the least that its bytes or MACs can take "
+        f"({rates.bandwidth_gb_s:.0f} GB/s, {rates.macs_g_s:,.0f} GMAC/s here)",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 1),
+    )
+    table.add_column("op", no_wrap=True)
+    for name in (*blocks, "sum"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for op in dict.fromkeys(each.op for each in times):
+        own = [found[op, block] for block in blocks]
+        for label, values in (
+            (op, [each.time_ms for each in own]),
+            ("  least", [each.floor_ms for each in own]),
+        ):
+            table.add_row(label, *(f"{v:.2f}" for v in values), f"{sum(values):.2f}")
+    return table

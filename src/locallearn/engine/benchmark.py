@@ -1,0 +1,356 @@
+"""Step time and memory of local rules beside a tuned backpropagation, measured side by side.
+
+First a gate: on the very shapes that are measured, every backend's gradients must be those of the
+reference. Then the sides in turn (A B C A B C ...), so that a machine that slows down slows all of
+them, and ratios are taken round by round.
+
+Every side has the same network, batch, optimizer, precision and memory format. Backpropagation is
+tuned as hard as what it stands beside: channels-last, its update through the same kernel, eager and
+compiled, on CUDA also captured in a graph; the fastest of these is what ratios refer to.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from locallearn.engine.graphs import GraphedStep
+from locallearn.engine.learner import LocalLearner
+from locallearn.engine.measuring import peak_memory_bytes
+from locallearn.engine.optimizers import optimizer_factory, set_mode
+from locallearn.errors import UserError
+from locallearn.kernels import choose_backend
+from locallearn.models import Block, BlockNetwork
+from locallearn.rules import Requirement, rule_class
+
+Step = Callable[[Tensor, Tensor], object]
+
+# How far a backend's gradient may lie from the reference's, as a share of its norm, beyond twice
+# what autograd in the same precision is off.
+_GATE_FLOOR = {"fp32": 1e-4, "bf16": 5e-3}
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What is measured. Meanings and units are those of the command line's help."""
+
+    model: str
+    rules: tuple[str, ...]
+    batch_size: int
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    precision: str
+    device: str
+    backend: str
+    num_rounds: int
+    seed: int = 0
+
+
+@dataclass
+class Side:
+    """One of the things compared.
+
+    Arguments:
+        rule: by name.
+        path: "closed form", "generic", or how a backpropagation is run.
+        backend: of the kernels, or "eager" or "compiled" of a backpropagation.
+        step: takes images and labels.
+        is_tuned_bp: whether it may be what ratios refer to.
+    """
+
+    rule: str
+    path: str
+    backend: str
+    step: Step
+    is_tuned_bp: bool = False
+    times_ms: list[float] = field(default_factory=list)
+    peak_activation_mib: float = 0.0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """median, p20 and p80."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        cut = statistics.quantiles(values, n=10, method="inclusive")
+        return cls(statistics.median(values), cut[1], cut[7])
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """Whether the backends agree with the reference, and by how much they do not.
+
+    errors: "rule: backend" -> the largest error of any parameter's gradient, a share of its norm.
+    """
+
+    is_green: bool
+    errors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """gate, and a row for each side; no rows where the gate is red."""
+
+    gate: GateResult
+    rows: list[dict[str, Any]]
+
+
+def run_benchmark(
+    config: BenchmarkConfig,
+    build: Callable[[], BlockNetwork],
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> BenchmarkResult:
+    """Gate, then measure.
+
+    Arguments:
+        config: what.
+        build: makes the network, each time with the same weights.
+        on_progress: told what is going on, a phrase at a time.
+
+    Raises:
+        UserError: a rule that has no local update, or a backend that can't run.
+    """
+    device = torch.device(config.device)
+    generator = torch.Generator().manual_seed(config.seed)
+    images = torch.randn(config.batch_size, *config.image_shape, generator=generator)
+    images = images.to(device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(config.num_classes, (config.batch_size,), generator=generator)
+    labels = labels.to(device)
+    for rule in config.rules:
+        if rule_class(rule).requires is not Requirement.LOCAL:
+            raise UserError(f"rule {rule!r} has no local update; bp is always measured beside.")
+
+    backend = choose_backend(config.backend, config.device)
+    gate = _check(config, build, backend, images, labels, on_progress)
+    if not gate.is_green:
+        return BenchmarkResult(gate, [])
+
+    sides = _sides(config, build, backend, images, labels)
+    for side in sides:
+        on_progress(f"first steps of {side.rule}, {side.path}, {side.backend}")
+        for _ in range(3):
+            side.step(images, labels)
+    for side in sides:
+        peak = peak_memory_bytes(lambda side=side: side.step(images, labels), device)  # type: ignore[misc]
+        side.peak_activation_mib = peak / 2**20
+    for number in range(config.num_rounds):
+        on_progress(f"round {number + 1} of {config.num_rounds}")
+        for side in sides:
+            side.times_ms.append(_time_ms(side.step, images, labels, device))
+    return BenchmarkResult(gate, _rows(sides, config.batch_size))
+
+
+def _time_ms(step: Step, images: Tensor, labels: Tensor, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    step(images, labels)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1000 * (time.perf_counter() - began)
+
+
+def _rows(sides: list[Side], batch_size: int) -> list[dict[str, Any]]:
+    tuned = min(
+        (side for side in sides if side.is_tuned_bp),
+        key=lambda side: statistics.median(side.times_ms),
+    )
+    rows = []
+    for side in sides:
+        times = Spread.of(side.times_ms)
+        ratios = [bp / own for bp, own in zip(tuned.times_ms, side.times_ms, strict=True)]
+        row: dict[str, Any] = {
+            "rule": side.rule,
+            "path": side.path,
+            "backend": side.backend,
+            "is_tuned_bp": side is tuned,
+            "images_per_second": 1000 * batch_size / times.median,
+            "peak_activation_mib": side.peak_activation_mib,
+            "activation_vs_tuned_bp": side.peak_activation_mib / tuned.peak_activation_mib,
+        }
+        row |= {f"step_time_ms_{name}": value for name, value in asdict(times).items()}
+        spread = asdict(Spread.of(ratios))
+        row |= {f"speedup_vs_tuned_bp_{name}": value for name, value in spread.items()}
+        rows.append(row)
+    return rows
+
+
+# -- the gate -----------------------------------------------------------------------------------
+
+
+def _check(
+    config: BenchmarkConfig,
+    build: Callable[[], BlockNetwork],
+    backend: str,
+    images: Tensor,
+    labels: Tensor,
+    on_progress: Callable[[str], None],
+) -> GateResult:
+    """One step of plain SGD at rate one: what each parameter moved by is its gradient."""
+
+    def gradients(rule: str, backend: str, precision: str) -> dict[str, Tensor]:
+        on_progress(f"gate: {rule}, {backend}, {precision}")
+        torch.manual_seed(config.seed)
+        learner = LocalLearner(
+            build().to(images.device),
+            rule,
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+            backend=backend,
+            precision=precision,
+            recalibration_batches=0,
+        )
+        before = {name: p.detach().clone() for name, p in learner.named_parameters()}
+        learner.step(images, labels)
+        return {name: before[name] - p.detach() for name, p in learner.named_parameters()}
+
+    errors: dict[str, float] = {}
+    is_green = True
+    for rule in config.rules:
+        exact = gradients(rule, "reference", "fp32")
+        plain = _errors(gradients(rule, "autograd", config.precision), exact)
+        ours = _errors(gradients(rule, backend, config.precision), exact)
+        errors[f"{rule}: autograd"] = max(plain.values())
+        errors[f"{rule}: {backend}"] = max(ours.values())
+        floor = _GATE_FLOOR[config.precision]
+        is_green &= all(error <= 2 * plain[name] + floor for name, error in ours.items())
+    return GateResult(is_green, errors)
+
+
+def _errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    return {
+        name: ((actual[name] - e).norm() / e.norm().clamp_min(1e-12)).item()
+        for name, e in exact.items()
+    }
+
+
+# -- the sides ----------------------------------------------------------------------------------
+
+
+def _sides(
+    config: BenchmarkConfig,
+    build: Callable[[], BlockNetwork],
+    backend: str,
+    images: Tensor,
+    labels: Tensor,
+) -> list[Side]:
+    def learner(rule: str, backend: str, **settings: Any) -> LocalLearner:
+        torch.manual_seed(config.seed)
+        return LocalLearner(
+            build().to(images.device),
+            rule,
+            backend=backend,
+            precision=config.precision,
+            recalibration_batches=0,
+            **settings,
+        )
+
+    sides = []
+    for rule in config.rules:
+        sides.append(Side(rule, "closed form", backend, learner(rule, backend).step))
+        sides.append(Side(rule, "generic", "autograd", learner(rule, "autograd").step))
+    sides.append(Side("bp", "backprop", "eager", learner("bp", backend).step, True))
+    sides.append(
+        Side("bp", "backprop", "compiled", learner("bp", backend, compile=True).step, True)
+    )
+    if config.device == "cuda":
+        for rule in config.rules:
+            for overlap in (False, True):
+                path = "closed form, graph" + (", overlapped" if overlap else "")
+                step = GraphedStep(learner(rule, backend, overlap_updates=overlap))
+                sides.append(Side(rule, path, backend, step))
+        for compiled in (False, True):
+            step = GraphedStep(learner("bp", backend, compile=compiled))
+            how = "compiled" if compiled else "eager"
+            sides.append(Side("bp", "backprop, graph", how, step, True))
+    savers = {"checkpointed": _checkpointed, "update in backward": _update_in_backward}
+    for path, make in savers.items():
+        saving = make(build().to(images.device), backend, config.precision)
+        sides.append(Side("bp", path, "eager", saving))
+    return sides
+
+
+def _forward_loss(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> Tensor:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(images)
+    return F.cross_entropy(logits.float(), labels)
+
+
+def _prepared(model: nn.Module, backend: str, **groups: list[nn.Parameter]) -> list[Any]:
+    """Optimizers for the groups, in training mode and with the backend's kernel."""
+    model.to(memory_format=torch.channels_last).train()
+    make = optimizer_factory("schedulefree-adamw", lr=None, weight_decay=0.0)
+    optimizers: list[Any] = [make(group) for group in groups.values()]
+    for optimizer in optimizers:
+        optimizer.backend = backend
+    set_mode(optimizers, training=True)
+    return optimizers
+
+
+def _checkpointed(model: BlockNetwork, backend: str, precision: str) -> Step:
+    """Backpropagation that keeps each block's input alone, and runs the block again."""
+    (optimizer,) = _prepared(model, backend, all=list(model.parameters()))
+    for block in [m for m in model.modules() if isinstance(m, Block)]:
+        block.__dict__["forward"] = _through_checkpoint(block.forward)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss = _forward_loss(model, images, labels, precision)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def _through_checkpoint(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
+    def run(x: Tensor) -> Any:
+        return checkpoint(forward, x, use_reentrant=False)
+
+    return run
+
+
+def _update_in_backward(model: BlockNetwork, backend: str, precision: str) -> Step:
+    """Backpropagation that updates a parameter, and frees its gradient, as soon as it has one."""
+    groups = {name.replace(".", "_"): [p] for name, p in model.named_parameters()}
+    optimizers = _prepared(model, backend, **groups)
+    for (parameter,), optimizer in zip(groups.values(), optimizers, strict=True):
+        parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            _updating(optimizer)
+        )
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss = _forward_loss(model, images, labels, precision)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    return step
+
+
+def _updating(optimizer: Any) -> Callable[[Tensor], None]:
+    def update(parameter: Tensor) -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return update
+
+
+def same_weights(build: Callable[[], BlockNetwork]) -> Callable[[], BlockNetwork]:
+    """A builder whose networks are all copies of one."""
+    original = build()
+    return lambda: copy.deepcopy(original)
