@@ -11,6 +11,8 @@ from locallearn import LocalLearner, build_model, list_rules
 from locallearn.cli.console import QuietObserver
 from locallearn.data import Augmentation, ImageLoader, load_dataset
 from locallearn.engine import Interrupted, TrainConfig, Trainer
+from locallearn.engine.graphs import GraphedStep
+from locallearn.engine.measuring import peak_memory_bytes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,3 +77,81 @@ def test_a_run_is_stopped_and_resumed(tmp_path: Path) -> None:
     summary = Trainer.resume(tmp_path / "run", QuietObserver()).fit()
     assert summary["device"] == "cuda"
     assert summary["test_acc"] > 80
+
+
+def losses_of(learner: LocalLearner, step, num_steps: int = 12) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for _ in range(num_steps):
+        images = torch.randn(16, 3, 16, 16, generator=generator).cuda()
+        labels = torch.randint(10, (16,), generator=generator).cuda()
+        result = step(images, labels)
+        rows.append(torch.stack([result.loss, *result.block_losses.values()]).clone())
+    return torch.stack(rows).cpu()
+
+
+def fresh(rule: str, model: str = "smallconv", **settings) -> LocalLearner:
+    torch.manual_seed(1)
+    return LocalLearner(build_model(model).cuda(), rule, recalibration_batches=0, **settings)
+
+
+@pytest.mark.parametrize("model", ["smallconv", "mobilenet-v1"])
+@pytest.mark.parametrize("rule", ["lls", "lls-m", "lls-mxm", "local-losses"])
+def test_triton_is_the_choice_and_its_steps_are_the_references(model: str, rule: str) -> None:
+    """In float32, one step of plain SGD: no further from float64 than twice autograd's own."""
+    sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=1.0)}
+    assert fresh(rule, model).backend == "triton"
+    images = torch.randn(16, 3, 32, 32).cuda()
+    labels = torch.randint(10, (16,)).cuda()
+    moved = {}
+    for backend in ("reference", "autograd", "triton"):
+        learner = fresh(rule, model, backend=backend, **sgd)
+        if backend == "reference":
+            torch.manual_seed(1)
+            network = build_model(model).cuda().double()
+            learner = LocalLearner(network, rule, backend=backend, **sgd)
+            for head, single in zip(learner.heads, fresh(rule, model, **sgd).heads, strict=True):
+                head.load_state_dict(single.state_dict())
+        before = [p.detach().double().clone() for p in learner.parameters()]
+        learner.step(images.to(next(learner.parameters()).dtype), labels)
+        after = learner.parameters()
+        moved[backend] = [b - p.detach().double() for b, p in zip(before, after, strict=True)]
+    for exact, plain, ours in zip(*moved.values(), strict=True):
+        floor = 1e-5 * exact.abs().max() + 1e-8
+        assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + floor
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("rule", ["bp", "lls", "lls-mxm"])
+def test_a_graphed_step_is_the_plain_one(rule: str, precision: str, overlap: bool) -> None:
+    plain = fresh(rule, precision=precision)
+    expected = losses_of(plain, plain.step)
+    graphed = fresh(rule, precision=precision, overlap_updates=overlap)
+    actual = losses_of(graphed, GraphedStep(graphed))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_graph_takes_other_shapes_as_ordinary_steps() -> None:
+    learner = fresh("lls")
+    step = GraphedStep(learner)
+    for num in (16, 16, 16, 16, 16, 7, 16):
+        images, labels = torch.randn(num, 3, 16, 16).cuda(), torch.randint(10, (num,)).cuda()
+        assert step(images, labels).logits.shape == (num, 10)
+
+
+def test_peak_memory_of_the_closed_form_stays_under_backpropagations() -> None:
+    images = torch.randn(128, 3, 32, 32).cuda().contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (128,)).cuda()
+    peaks = {}
+    for rule in ("bp", "lls"):
+        learner = fresh(rule, "vgg8")
+        learner.step(images, labels)
+        peaks[rule] = peak_memory_bytes(lambda step=learner.step: step(images, labels), "cuda")
+    assert peaks["lls"] <= 0.5 * peaks["bp"]
+
+
+def test_a_run_is_captured_in_a_graph(tmp_path: Path) -> None:
+    summary = Trainer.start(TrainConfig(epochs=2, device="cuda"), tmp_path, QuietObserver()).fit()
+    assert summary["cuda_graph"]
+    assert summary["backend"] == "triton"

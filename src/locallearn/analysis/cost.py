@@ -36,8 +36,8 @@ from locallearn.rules import (
 )
 
 _INDEX_BYTES = 8  # a max-pool under autograd keeps int64 indices
-# oneDNN's weight gradient is made in a layout of its own and reordered twice.
-_WEIGHT_GRADIENT_COPIES = 3
+# oneDNN makes a convolution's weight gradient in a layout of its own, and it is reordered twice.
+_CONV_GRADIENT_COPIES = 3
 # s0, s1 and G; the head's latent and its gradient before it.
 _NUM_MOMENTS = 4
 # What the update of a weight makes on the way, in plain PyTorch.
@@ -53,6 +53,7 @@ class Stage:
         x, z: values of the input and of the layer's output.
         output: values handed on, after the max-pool.
         num_weights: of the layer.
+        gradient_copies: how often the weight gradient exists while it is made.
         is_pooled: whether a max-pool follows.
     """
 
@@ -61,7 +62,13 @@ class Stage:
     z: int
     output: int
     num_weights: int
+    gradient_copies: int
     is_pooled: bool
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the weight gradient while it is made; float32."""
+        return 4 * self.gradient_copies * self.num_weights
 
 
 @dataclass(frozen=True)
@@ -181,10 +188,10 @@ def _trace(
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         x, z = shapes[layer]
         num_weights = layer.weight.numel()
-        positions = z // layer.weight.shape[0]
-        return Stage(
-            positions * num_weights, x, z, z if output is None else output, num_weights, is_pooled
-        )
+        num_macs = z // layer.weight.shape[0] * num_weights
+        copies = _CONV_GRADIENT_COPIES if isinstance(layer, nn.Conv2d) else 1
+        output = z if output is None else output
+        return Stage(num_macs, x, z, output, num_weights, copies, is_pooled)
 
     blocks = []
     for name, block in twin.named_modules():
@@ -215,8 +222,8 @@ def _peak_of_local_rule(
         values = 0 if number == 0 else block.stages[0].x  # the images are the caller's
         values += sum(stage.z + stage.output for stage in block.stages)
         moments = _NUM_MOMENTS * 4 * block.moments  # always float32
-        weights = 4 * sum(stage.num_weights for stage in block.stages)
-        weights += (_WEIGHT_GRADIENT_COPIES - 1) * 4 * block.stages[-1].num_weights
+        weights = 4 * sum(stage.num_weights for stage in block.stages[:-1])
+        weights += block.stages[-1].gradient_bytes
         peaks.append((batch_size * (values * bytes_per_value + moments) + weights, block.name))
     peak, name = max(peaks)
     return name, peak
@@ -256,4 +263,4 @@ def _backward_of(stage: Stage, z: int, output: int, x: int, saved: int) -> Itera
     yield 2 * z + 2 * z  # z and h; gradients of h and of v
     yield z + 2 * z  # z; gradients of v and of z
     # Gradients of z, of x and of the weights.
-    yield z + x + _WEIGHT_GRADIENT_COPIES * 4 * stage.num_weights
+    yield z + x + stage.gradient_bytes

@@ -1,0 +1,93 @@
+"""Costs against numbers worked by hand, and memory against what a step allocates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from locallearn import LocalLearner, build_model, build_rule, list_models
+from locallearn.analysis import step_cost
+from locallearn.engine.measuring import peak_memory_bytes
+from locallearn.kernels import cxx_compiler
+
+IMAGE = (3, 32, 32)
+
+# SmallConv at 3x32x32, layer by layer: C_in 9 C_out H W, F_in F_out.
+CONV1, CONV2, CONV3 = 27 * 32 * 1024, 288 * 64 * 256, 576 * 128 * 64
+LINEAR, CLASSIFIER = 512 * 512, 512 * 10
+FORWARD = CONV1 + CONV2 + CONV3 + LINEAR + CLASSIFIER
+LATENTS = (32 * 16, 64 * 4, 128 * 4, 512)
+
+
+def cost_of(rule, model: str = "smallconv", batch_size: int = 128, image=IMAGE):
+    return step_cost(build_model(model), build_rule(rule), image_shape=image, batch_size=batch_size)
+
+
+def test_backpropagation_by_hand() -> None:
+    cost = cost_of("bp")
+    assert cost.forward_macs == FORWARD
+    assert cost.learning_signal_macs == FORWARD - CONV1  # the images need no gradient
+    assert cost.total_macs == 3 * FORWARD - CONV1
+    assert cost.num_params == 361_770
+    assert cost.num_additional_params == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "signal", "gradient_of_d", "additional"),
+    [
+        ("lls", 2 * 10 * sum(LATENTS), 0, 0),
+        ("lls-m", 2 * 10 * sum(LATENTS) + 4 * 10, 4 * 10, 40),
+        ("lls-mxm", 2 * 10 * sum(LATENTS) + 4 * 200, 4 * 100, 400),
+        ("lls-mxm-reduced", 2 * 20 * sum(LATENTS) + 4 * 400, 4 * 200, 800),
+        ("local-losses", 2 * 10 * sum(LATENTS), 10 * sum(LATENTS), 10 * sum(LATENTS)),
+    ],
+)
+def test_local_rules_by_hand(rule: str, signal: int, gradient_of_d: int, additional: int) -> None:
+    cost = cost_of(rule)
+    assert cost.learning_signal_macs == signal
+    assert cost.total_macs == 2 * FORWARD + signal + gradient_of_d
+    assert cost.num_additional_params == additional
+
+
+def test_inside_a_depthwise_separable_block_backpropagation_goes_on() -> None:
+    cost = cost_of("lls", "mobilenet-v1", image=(3, 32, 32))
+    # The pointwise products of the 13 blocks: their input gradients come on top.
+    sizes = [(32, 64, 16), (64, 128, 8), (128, 128, 8), (128, 256, 4), (256, 256, 4), (256, 512, 2)]
+    sizes += [(512, 512, 2)] * 5 + [(512, 1024, 1), (1024, 1024, 1)]
+    inside = sum(c_in * c_out * side**2 for c_in, c_out, side in sizes)
+    assert cost.total_macs == 2 * cost.forward_macs + cost.learning_signal_macs + inside
+
+
+def test_half_the_width_is_half_the_activations() -> None:
+    model, rule = build_model("vgg8"), build_rule("lls")
+    full, half = (
+        step_cost(model, rule, image_shape=IMAGE, batch_size=64, bytes_per_value=b) for b in (4, 2)
+    )
+    assert 0.5 < half.peak_activation_bytes / full.peak_activation_bytes < 0.53
+    assert full.largest_block == half.largest_block == "conv2"
+
+
+def measured(model: str, rule: str, backend: str, batch_size: int, image) -> int:
+    learner = LocalLearner(build_model(model), rule, backend=backend, recalibration_batches=0)
+    images = torch.randn(batch_size, *image).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch_size,))
+    learner.step(images, labels)  # optimizer state comes with the first step
+    return peak_memory_bytes(lambda: learner.step(images, labels))
+
+
+@pytest.mark.parametrize("model", list_models())
+def test_memory_of_backpropagation_is_what_is_allocated(model: str) -> None:
+    image = (3, 64, 64) if model == "mobilenet-v1" else IMAGE
+    cost = cost_of("bp", model, 32, image)
+    actual = measured(model, "bp", "autograd", 32, image)
+    assert actual == pytest.approx(cost.peak_activation_bytes, rel=0.05)
+
+
+@pytest.mark.filterwarnings("default")  # what torch's compiler warns of is not ours
+def test_memory_of_the_closed_form_is_what_is_allocated() -> None:
+    """Of one model, as each takes many seconds to compile; `locallearn bench` checks the others."""
+    if cxx_compiler() is None:
+        pytest.skip("no C++ compiler on this machine: torch.compile can't be used on its CPU")
+    cost = cost_of("lls-mxm", batch_size=64)
+    actual = measured("smallconv", "lls-mxm", "compiled", 64, IMAGE)
+    assert actual == pytest.approx(cost.peak_activation_bytes, rel=0.05)

@@ -1,0 +1,148 @@
+"""The benchmark's gate, its figures, and the parts it is made of."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+from locallearn import LocalLearner, UserError, build_model
+from locallearn.engine import benchmark
+from locallearn.engine.allocator import keep_freed_memory
+from locallearn.engine.benchmark import BenchmarkConfig, Spread, run_benchmark, same_weights
+from locallearn.engine.graphs import can_be_graphed
+from locallearn.engine.op_benchmark import measure_rates, time_ops
+from locallearn.kernels import load_kernels
+
+CONFIG = BenchmarkConfig(
+    model="smallconv",
+    rules=("lls", "lls-mxm"),
+    batch_size=8,
+    image_shape=(3, 8, 8),
+    num_classes=10,
+    precision="fp32",
+    device="cpu",
+    backend="reference",
+    num_rounds=3,
+)
+
+
+def build():
+    return same_weights(lambda: build_model("smallconv"))
+
+
+@pytest.fixture
+def without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling backpropagation takes long and is not what is tested here."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+def test_rows_of_a_green_gate(without_compiling) -> None:
+    told: list[str] = []
+    result = run_benchmark(CONFIG, build(), told.append)
+    assert result.gate.is_green
+    backends = ("autograd", "reference")
+    assert set(result.gate.errors) == {f"{r}: {b}" for r in CONFIG.rules for b in backends}
+    paths = {(row["rule"], row["path"]) for row in result.rows}
+    assert paths == {
+        ("lls", "closed form"),
+        ("lls", "generic"),
+        ("lls-mxm", "closed form"),
+        ("lls-mxm", "generic"),
+        ("bp", "backprop"),
+        ("bp", "checkpointed"),
+        ("bp", "update in backward"),
+    }
+    for row in result.rows:
+        assert 0 < row["step_time_ms_p20"] <= row["step_time_ms_median"] <= row["step_time_ms_p80"]
+        assert row["images_per_second"] == pytest.approx(8000 / row["step_time_ms_median"])
+        assert row["peak_activation_mib"] > 0
+    tuned = [row for row in result.rows if row["is_tuned_bp"]]
+    assert len(tuned) == 1
+    assert tuned[0]["path"] == "backprop"
+    assert tuned[0]["speedup_vs_tuned_bp_median"] == tuned[0]["activation_vs_tuned_bp"] == 1.0
+    memory = {row["path"]: row["peak_activation_mib"] for row in result.rows if row["rule"] == "bp"}
+    assert memory["checkpointed"] < memory["backprop"]
+    assert "round 3 of 3" in told
+
+
+def test_a_wrong_kernel_turns_the_gate_red_and_there_are_no_figures(monkeypatch) -> None:
+    honest = load_kernels("reference")
+
+    def wrong_backward(z, *args, **kwargs):
+        return honest.block_backward(z, *args, **kwargs).mul_(1.001)
+
+    names = {name: getattr(honest, name) for name in honest.__all__}
+    broken = types.SimpleNamespace(**(names | {"block_backward": wrong_backward}))
+    monkeypatch.setattr(benchmark, "choose_backend", lambda *args: "compiled")
+    monkeypatch.setattr("locallearn.engine.learner.choose_backend", lambda backend, *args: backend)
+    monkeypatch.setattr(
+        "locallearn.engine.units.load_kernels",
+        lambda backend: broken if backend == "compiled" else load_kernels(backend),
+    )
+    result = run_benchmark(CONFIG, build())
+    assert not result.gate.is_green
+    assert result.rows == []
+    assert result.gate.errors["lls: compiled"] == pytest.approx(1e-3, rel=0.1)
+    assert result.gate.errors["lls: autograd"] < 1e-4
+
+
+def test_only_local_rules_are_compared() -> None:
+    config = BenchmarkConfig(**{**vars(CONFIG), "rules": ("bp",)})
+    with pytest.raises(UserError, match="'bp' has no local update"):
+        run_benchmark(config, build())
+
+
+@pytest.mark.parametrize("path", ["_checkpointed", "_update_in_backward"])
+def test_memory_saving_backprop_moves_the_weights_as_plain_backprop_does(path: str) -> None:
+    """Checkpointing runs each BatchNorm twice, which its running statistics alone feel."""
+    images, labels = torch.randn(8, 3, 8, 8), torch.randint(10, (8,))
+    make = build()
+    plain, saving = make(), make()
+    LocalLearner(plain, "bp", backend="autograd").step(images, labels)
+    getattr(benchmark, path)(saving, "reference", "fp32")(images, labels)
+    for (name, p), q in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_spread() -> None:
+    assert Spread.of([float(i) for i in range(11)]) == Spread(5.0, 2.0, 8.0)
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
+
+
+def test_ops_have_times_and_floors() -> None:
+    rates, times = time_ops(
+        build_model("smallconv"),
+        image_shape=(3, 8, 8),
+        batch_size=4,
+        num_classes=10,
+        backend="reference",
+        precision="fp32",
+        device=torch.device("cpu"),
+        num_rounds=1,
+    )
+    assert rates.bandwidth_gb_s > 0.1
+    assert rates.macs_g_s > 0.1
+    assert {each.block for each in times} == {"conv1", "conv2", "conv3", "linear1"}
+    by_name = {(each.block, each.op): each for each in times}
+    assert by_name["conv1", "layer"].num_macs == 4 * 27 * 32 * 64
+    assert by_name["conv1", "block_backward"].num_bytes == 2 * 4 * 4 * 32 * 64 + 4 * 4 * 512
+    assert all(each.time_ms > 0 and each.floor_ms > 0 for each in times)
+
+
+def test_bf16_rates_are_measured_in_bf16() -> None:
+    assert measure_rates(torch.device("cpu"), torch.bfloat16, 1).macs_g_s > 0.1
+
+
+def test_freed_memory_is_kept_where_that_can_be_asked() -> None:
+    assert keep_freed_memory() in (True, False)
+    assert torch.ones(2**22).sum() == 2**22
+
+
+def test_what_can_be_graphed() -> None:
+    model = build_model("smallconv")
+    assert not can_be_graphed(LocalLearner(model, "lls"))  # on the CPU
+    if torch.cuda.is_available():
+        assert can_be_graphed(LocalLearner(model.cuda(), "lls"))
+        assert not can_be_graphed(LocalLearner(model, "lls", optimizer="adam"))
