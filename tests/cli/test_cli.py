@@ -365,3 +365,94 @@ def test_no_network_is_one_line(capsys, monkeypatch) -> None:
     code = main(["train", "--dataset", "mnist", "--data-dir", "data"])
     assert "nor be downloaded" in assert_one_line_error(code, capsys.readouterr())
     assert not Path("data").exists()
+
+
+# -- bench and cost -----------------------------------------------------------------------------
+
+
+def test_cost_prints_a_table_and_writes_json(capsys) -> None:
+    assert main(["cost", "--model", "smallconv", "--rules", "bp,lls-mxm", "--json", "c.json"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"smallconv\s+bp\s+9\.704\s+30\.9\s+361,770\s+0\s", out)
+    assert re.search(r"smallconv\s+lls-mxm\s+0\.037\s+21\.2\s+361,770\s+400\s", out)
+    document = json.loads(Path("c.json").read_text())
+    assert [row["rule"] for row in document["rows"]] == ["bp", "lls-mxm"]
+    assert document["rows"][0]["learning_signal_macs"] == 9_704_448
+
+
+def test_cost_of_all_models(capsys) -> None:
+    assert main(["cost", "--model", "all", "--rules", "lls"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in list_models())
+
+
+BENCH = ["bench", "--batch-size", "4", "--image-size", "8", "--rounds", "2", "--device", "cpu"]
+
+
+def test_bench_writes_gate_record_and_rows(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    files = ["--json", "b.json", "--plot", "b.png"]
+    assert main([*BENCH, "--rules", "lls", "--backend", "reference", "--ops", *files]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("gate green")
+    assert re.search(r"^lls \(reference\) .*\nlls \(autograd\) ", out, re.M)
+    assert len(re.findall(r"^bp.*\*? ", out, re.M)) == 4
+    document = json.loads(Path("b.json").read_text())
+    assert document["gate"] == "green"
+    assert document["record"]["environment"]["device"] == "cpu"
+    assert document["record"]["settings"]["batch_size"] == 4
+    keys = {
+        "rule",
+        "path",
+        "backend",
+        "step_time_ms_median",
+        "step_time_ms_p20",
+        "step_time_ms_p80",
+        "speedup_vs_tuned_bp_median",
+        "images_per_second",
+        "peak_activation_mib",
+    }
+    assert all(keys <= set(row) for row in document["rows"])
+    assert {each["op"] for each in document["ops"]} >= {"block_forward", "weight gradient"}
+    assert Path("b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_red_gate_shows_no_figures_and_fails(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("locallearn.engine.benchmark._GATE_FLOOR", {"fp32": -10.0})
+    assert main([*BENCH, "--rules", "lls", "--backend", "reference", "--json", "b.json"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith("gate RED")
+    assert "No figures" in captured.err
+    document = json.loads(Path("b.json").read_text())
+    assert (document["gate"], document["rows"]) == ("red", [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cost", "--rules", "lsl"], "unknown rule 'lsl'"),
+        (["cost", "--rules", ","], "--rules is empty"),
+        (["cost", "--precision", "fp8"], "unknown precision 'fp8'"),
+        (["cost", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["cost", "--image-size", "2"], "smallconv"),
+        (["bench", "--rules", "bp"], "rule 'bp' has no local update"),
+        (["bench", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["bench", "--batch-size", "1"], "--batch-size must be at least 2, got 1"),
+        (["bench", "--backend", "autograd"], "bench compares the closed form"),
+        (["bench", "--backend", "cuda"], "unknown backend 'cuda'"),
+        (["bench", "--model", "vgg9"], "unknown model 'vgg9'"),
+        (["train", "--backend", "tritn"], "unknown backend 'tritn'. Did you mean 'triton'"),
+    ],
+)
+def test_bad_input_to_bench_and_cost(arguments: list[str], message: str, capsys) -> None:
+    line = assert_one_line_error(main(arguments), capsys.readouterr())
+    assert message in line
+
+
+def test_the_start_tells_the_backend_and_why(capsys) -> None:
+    assert main(["train", *SMALL, "--backend", "reference"]) == 0
+    out = capsys.readouterr().out
+    assert "update   closed form in 4 of 4 blocks, backend reference (as asked)" in out
+    (run,) = Path("runs").iterdir()
+    assert json.loads((run / "summary.json").read_text())["backend"] == "reference"
+    assert json.loads((run / "config.json").read_text())["settings"]["backend"] == "reference"

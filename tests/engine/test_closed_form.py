@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from locallearn import LocalLearner, UserError, build_model
+from locallearn.data import load_dataset
+from locallearn.engine import TrainConfig
+from locallearn.engine.building import choose_run_backend
+from locallearn.engine.finding import count_normalized
 from locallearn.engine.learner import COMPILE_AFTER
 from locallearn.engine.measuring import peak_memory_bytes
 from locallearn.engine.units import has_closed_form
@@ -126,9 +130,50 @@ def overlapping_pool(block: ConvBlock) -> None:
     block.pool = nn.MaxPool2d(3, stride=2)
 
 
+def identity(block: ConvBlock) -> None:
+    block.nonlinearity = nn.Identity()
+
+
+def relu_for_a_pool(block: ConvBlock) -> None:
+    block.pool = nn.ReLU()
+
+
+def no_norm(block: ConvBlock) -> None:
+    block.norm = nn.Identity()
+
+
+def square_pool(block: ConvBlock) -> None:
+    block.pool = nn.MaxPool2d((2, 2))
+
+
+def patched(block: ConvBlock) -> None:
+    activation = block.activation
+    block.activation = lambda x: activation(x) * 2
+
+
+def patched_part(block: ConvBlock) -> None:
+    forward = block.conv.forward
+    block.conv.forward = lambda x: forward(x) * 2
+
+
 @pytest.mark.parametrize(
     "change",
-    [no_affine, endless_average, biased, circular, hooked, parametrized, gelu, overlapping_pool],
+    [
+        identity,
+        relu_for_a_pool,
+        no_norm,
+        square_pool,
+        patched,
+        patched_part,
+        no_affine,
+        endless_average,
+        biased,
+        circular,
+        hooked,
+        parametrized,
+        gelu,
+        overlapping_pool,
+    ],
     ids=lambda change: change.__name__,
 )
 def test_a_changed_block_takes_the_generic_path(change) -> None:
@@ -151,6 +196,41 @@ def test_a_subclass_takes_the_generic_path() -> None:
             return super().activation(x) * 2
 
     assert not has_closed_form(Doubled(3, 4, latent_size=2))
+
+
+@pytest.mark.parametrize("backend", ["autograd", "reference"])
+def test_a_frozen_batch_norm_normalises_by_its_running_statistics(backend: str) -> None:
+    moved = []
+    for path in ("autograd", backend):
+        torch.manual_seed(4)
+        model = build_model("smallconv", num_classes=4).double()
+        learner = LocalLearner(
+            model, "lls", backend=path, optimizer=lambda p: torch.optim.SGD(p, lr=1.0)
+        )
+        for _ in range(2):  # the first step puts everything in training mode
+            model.conv1.norm.eval()
+            learner.training = True
+            learner.step(problem(8)[0].double(), torch.arange(8) % 4)
+        assert model.conv1.norm.num_batches_tracked == 0
+        moved.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*moved, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["autograd", "reference"])
+def test_one_value_for_each_channel_is_refused(backend: str) -> None:
+    model = nn.Sequential(nn.Flatten(), LinearBlock(12, 8, latent_size=8), nn.Linear(8, 4))
+    learner = LocalLearner(model, "lls", num_classes=4, backend=backend)
+    with pytest.raises(ValueError, match=r"[Ee]xpected more than 1 value|no variance; a batch of"):
+        learner.step(torch.randn(1, 3, 2, 2), torch.tensor([1]))
+
+
+def test_statistics_that_are_not_tracked_are_not_updated() -> None:
+    block = ConvBlock(3, 4, latent_size=2)
+    block.norm = nn.BatchNorm2d(4, track_running_stats=False)
+    model = nn.Sequential(block, nn.Flatten(), nn.Linear(4 * 64, 4))
+    learner = LocalLearner(model, "lls", num_classes=4, backend="reference")
+    assert learner.block_paths == {"0": "closed form"}
+    learner.step(*problem(8))
 
 
 def test_relu_is_slope_zero() -> None:
@@ -224,6 +304,52 @@ def test_auto_goes_over_to_the_fast_backend_when_that_pays(monkeypatch) -> None:
     assert used == []
     learner.step(images, labels)
     assert used == ["compiled"]
+
+
+def test_a_state_brings_its_backend_along(monkeypatch) -> None:
+    """Before and after the change alike: training goes on exactly as it would have."""
+    monkeypatch.setattr(
+        "locallearn.engine.learner.choose_backend",
+        lambda backend, *args: "compiled" if backend == "auto" else backend,
+    )
+    monkeypatch.setattr("locallearn.engine.learner.missing_for", lambda *args: None)
+    early = LocalLearner(build_model("smallconv"), "lls")
+    before = copy.deepcopy(early.training_state())
+    early._num_elements = 10 * COMPILE_AFTER
+    early._consider_compiling()
+    assert early.backend == "compiled"
+    after = copy.deepcopy(early.training_state())
+    other = LocalLearner(build_model("smallconv"), "lls")
+    other.load_training_state(after)
+    assert other.backend == "compiled"
+    other.load_training_state(before)
+    assert other.backend == "autograd"
+    other._num_elements = 10 * COMPILE_AFTER
+    other._consider_compiling()
+    assert other.backend == "compiled"
+
+
+def test_how_a_run_chooses_its_backend(monkeypatch) -> None:
+    data = load_dataset("digits")
+    monkeypatch.setattr("locallearn.engine.building.choose_backend", lambda *args: "compiled")
+
+    def chosen(**settings) -> tuple[str, str]:
+        return choose_run_backend(TrainConfig(device="cpu", **settings).resolve(), data)
+
+    assert chosen(epochs=1)[0] == "autograd"
+    assert "too short" in chosen(epochs=1)[1]
+    assert chosen(epochs=10_000) == (
+        "compiled",
+        "auto: the run is long enough for compiling to pay",
+    )
+    assert chosen(epochs=10_000, rule="bp")[0] == "autograd"
+    assert chosen(epochs=1, backend="compiled") == ("compiled", "as asked")
+
+
+def test_how_many_values_the_norms_see() -> None:
+    """SmallConv at 8x8: 32x8x8, 64x4x4, 128x2x2 and 512."""
+    model = build_model("smallconv", in_channels=1)
+    assert count_normalized(model, torch.zeros(1, 1, 8, 8)) == (4, 2048 + 1024 + 512 + 512)
 
 
 def test_backends_that_cannot_run_are_refused(monkeypatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from schedulefree import AdamWScheduleFree
@@ -9,7 +12,14 @@ from torch import nn
 
 from locallearn import LocalLearner, UserError, build_model
 from locallearn.engine import list_optimizers, list_schedules
-from locallearn.engine.optimizers import build_schedule, check_schedule, optimizer_factory, set_mode
+from locallearn.engine.optimizers import (
+    ScheduleFreeAdamW,
+    build_schedule,
+    check_schedule,
+    optimizer_factory,
+    set_mode,
+)
+from locallearn.kernels import cxx_compiler
 
 
 def test_what_there_is() -> None:
@@ -131,3 +141,82 @@ def test_schedule_errors() -> None:
         check_schedule("cosine", "schedulefree-adamw")
     check_schedule("cosine", "adamw")
     check_schedule("none", "schedulefree-adamw")
+
+
+# -- our schedule-free AdamW --------------------------------------------------------------------
+
+
+def schedule_free(weights: list[nn.Parameter], **settings) -> ScheduleFreeAdamW:
+    optimizer = ScheduleFreeAdamW(weights, lr=0.1, **settings)
+    optimizer.train()
+    return optimizer
+
+
+def steps(optimizer, weights, num: int) -> None:
+    for _ in range(num):
+        for weight in weights:
+            weight.grad = weight.detach().sin()
+        optimizer.step()
+
+
+def test_copies_go_on_as_the_original() -> None:
+    weight = nn.Parameter(torch.randn(3, dtype=torch.float64))
+    optimizer = schedule_free([weight], averages_by_bias_correction=True)
+    steps(optimizer, [weight], 3)
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        (other,) = twin.param_groups[0]["params"]
+        original = copy.deepcopy(weight.detach())
+        assert torch.equal(other, original)
+        steps(twin, [other], 2)
+        again = copy.deepcopy(optimizer)
+        (third,) = again.param_groups[0]["params"]
+        steps(again, [third], 2)
+        assert torch.equal(other, third)
+
+
+def test_groups_can_be_added_and_rates_changed() -> None:
+    one, two = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    optimizer = schedule_free([one])
+    optimizer.add_param_group({"params": [two], "lr": 0.0, "train_mode": True})
+    steps(optimizer, [one, two], 2)
+    assert torch.equal(two, torch.ones(2, dtype=torch.float64))
+    optimizer.param_groups[1]["lr"] = 0.1
+    steps(optimizer, [one, two], 1)
+    assert not torch.equal(two, torch.ones(2, dtype=torch.float64))
+
+
+def test_a_parameter_without_gradient_stays() -> None:
+    one, two = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = schedule_free([one, two])
+    steps(optimizer, [one], 2)
+    assert torch.equal(two, torch.ones(2))
+    assert two not in optimizer.state or "z" not in optimizer.state[two]
+
+
+def test_stepping_in_evaluation_mode_is_refused() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = ScheduleFreeAdamW([weight], lr=0.1)
+    with pytest.raises(RuntimeError, match=r"training mode to step: call train\(\)"):
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("default")  # what torch's compiler warns of is not ours
+def test_a_change_of_memory_format_takes_the_state_along() -> None:
+    """And a parameter that is a slice of a tensor, which no kernel goes through in order."""
+    if cxx_compiler() is None:
+        pytest.skip("no C++ compiler on this machine: torch.compile can't be used on its CPU")
+    moved = []
+    for backend in ("reference", "compiled"):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(4, 3, 3, 3, dtype=torch.float64))
+        part = nn.Parameter(torch.randn(4, 8, dtype=torch.float64)[:, :5])
+        optimizer = schedule_free([weight, part])
+        optimizer.backend = backend
+        steps(optimizer, [weight, part], 2)
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        steps(optimizer, [weight, part], 2)
+        only = schedule_free([weight])
+        only.backend = backend
+        steps(only, [weight], 2)
+        moved.append(torch.cat([weight.detach().flatten(), part.detach().flatten()]))
+    torch.testing.assert_close(*moved, rtol=1e-12, atol=1e-12)

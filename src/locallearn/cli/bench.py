@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 RED_GATE = 1
 
+_LEGEND = """* the fastest backpropagation, which the others are compared with.
+  x bp*: how many times faster; of bp*: share of its activation memory"""
+
 
 def bench(
     model: Annotated[str, typer.Option(help="Network; `locallearn list models`.")] = "smallconv",
@@ -63,7 +66,7 @@ def bench(
     from locallearn.engine.files import check_target, write_atomically, write_json
     from locallearn.engine.op_benchmark import time_ops
     from locallearn.errors import unknown_name
-    from locallearn.kernels import choose_backend
+    from locallearn.kernels import choose_backend, missing_for
     from locallearn.models import build_model
 
     if precision not in PRECISIONS:
@@ -76,6 +79,12 @@ def bench(
         if given is not None:
             check_target(Path(given), name)
     place = choose_device(device)
+    if place == "mps":
+        raise UserError("bench measures on cpu and cuda; use --device cpu.")
+    chosen = choose_backend(backend, place)
+    if chosen == "autograd":
+        missing = missing_for("compiled", place) or "is left out by --backend autograd"
+        raise UserError(f"bench compares the closed form, and backend compiled {missing}.")
     if threads is not None:
         torch.set_num_threads(threads)
     keeps_memory = place == "cpu" and keep_freed_memory()
@@ -87,7 +96,7 @@ def bench(
         num_classes=classes,
         precision=precision,
         device=place,
-        backend=choose_backend(backend, place),
+        backend=chosen,
         num_rounds=rounds,
     )
     if not config.rules:
@@ -136,7 +145,9 @@ def bench(
         print("No figures: the gate is red.", file=sys.stderr)
         return RED_GATE
     title = _title(config, record)
-    console.print(_table(result.rows, title))
+    print(title)
+    console.print(_table(result.rows))
+    print(_LEGEND)
     if timed is not None:
         console.print(_op_table(*timed))
     if json is not None:
@@ -164,10 +175,10 @@ def _print_gate(gate: GateResult) -> None:
         print(f"  {name:28} {error:.1e}")
 
 
-def _table(rows: list[dict[str, Any]], title: str) -> Table:
+def _table(rows: list[dict[str, Any]]) -> Table:
     from locallearn.analysis import side_name
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1))
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
     table.add_column("side", no_wrap=True)
     for heading in ("ms a step", "p20-p80", "x bp*", "images/s", "MiB", "of bp*"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -181,11 +192,6 @@ def _table(rows: list[dict[str, Any]], title: str) -> Table:
             f"{row['peak_activation_mib']:.1f}",
             f"{row['activation_vs_tuned_bp']:.2f}",
         )
-    table.caption = (
-        "* the fastest backpropagation, which the others are compared with: "
-        "x bp, how many times faster; of bp, share of its activation memory"
-    )
-    table.caption_justify = "left"
     return table
 
 

@@ -133,8 +133,22 @@ def start_lines(config: RunConfig, learner: LocalLearner, path: Path) -> list[st
         f"rule     {s.rule}{basis}",
         f"training {s.epochs} epochs, batch {s.batch_size}, {s.optimizer}, lr {s.lr:g}, "
         f"{s.precision} on {s.device} ({config.environment['device_name']})",
+        f"update   {_update(config, learner)}",
         f"run      {path}",
     ]
+
+
+def _update(config: RunConfig, learner: LocalLearner) -> str:
+    """How blocks are updated, and who chose it."""
+    backend = config.settings.backend
+    paths = list(learner.block_paths.values())
+    if not paths:
+        return f"backpropagation; the optimizer's step by backend {backend}"
+    closed = paths.count("closed form")
+    how = "autograd in each block"
+    if closed:
+        how = f"closed form in {closed} of {len(paths)} blocks, backend {backend}"
+    return f"{how} ({config.data['backend_reason']})"
 
 
 def epoch_line(row: Row, num_epochs: int) -> str:

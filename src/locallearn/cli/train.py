@@ -132,6 +132,12 @@ def train(
             _COMPUTE,
         ),
     ] = "auto",
+    cuda_graph: Annotated[
+        bool,
+        _option(
+            "On CUDA, whether to launch each step as one captured graph. Default: yes.", _COMPUTE
+        ),
+    ] = True,
     compile: Annotated[
         bool,
         _option(
@@ -160,7 +166,10 @@ def train(
         if name not in _NOT_SETTINGS and _is_from_command_line(ctx, name)
     }
     from locallearn.engine import Interrupted, RunDirectory, TrainConfig, Trainer
+    from locallearn.engine.allocator import keep_freed_memory
     from locallearn.engine.trainer import check_same_settings
+
+    keep_freed_memory()
 
     observer = make_observer(quiet=quiet)
     if resume is not None:

@@ -25,11 +25,9 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    settings = (
-        (_M_MMAP_THRESHOLD, 2**30),
-        (_M_TRIM_THRESHOLD, 2**31 - 1),
-        (_M_TOP_PAD, 2**26),
-    )
-    # A threshold that this version finds too large is refused (0), and nothing is lost.
-    done = [mallopt(name, value) == 1 for name, value in settings]
-    return all(done)
+    # glibc up to 2.34 refuses (0) more than 32 MiB. The others are worth having only with it: by
+    # themselves they would leave every larger block to be mapped anew.
+    if not any(mallopt(_M_MMAP_THRESHOLD, size) == 1 for size in (2**30, 2**25)):
+        return False
+    kept = mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) == 1
+    return mallopt(_M_TOP_PAD, 2**26) == 1 and kept

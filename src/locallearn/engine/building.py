@@ -12,7 +12,7 @@ from locallearn.data.dataset import free_memory_bytes
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.finding import count_normalized
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
-from locallearn.kernels import choose_backend
+from locallearn.kernels import choose_backend, missing_for
 from locallearn.models import build_model
 from locallearn.rules import Requirement
 
@@ -89,8 +89,8 @@ def build_learner(
     )
 
 
-def choose_run_backend(settings: TrainConfig, dataset: Dataset) -> str:
-    """The backend of a run, "auto" made definite: on the CPU, compiled where that will pay.
+def choose_run_backend(settings: TrainConfig, dataset: Dataset) -> tuple[str, str]:
+    """The backend of a run, "auto" made definite, and why: on the CPU compiled where it will pay.
 
     Arguments:
         settings: resolved.
@@ -99,10 +99,13 @@ def choose_run_backend(settings: TrainConfig, dataset: Dataset) -> str:
     assert settings.device is not None
     assert settings.epochs is not None
     backend = choose_backend(settings.backend, settings.device)
-    if settings.backend != "auto" or backend != "compiled":
-        return backend
+    if settings.backend != "auto":
+        return backend, "as asked"
+    if backend != "compiled":
+        missing = missing_for("compiled", settings.device) if settings.device == "cpu" else None
+        return backend, f"auto: compiled {missing}" if missing else "auto: the fastest here"
     if settings.build_rule().requires is not Requirement.LOCAL:
-        return "autograd"
+        return "autograd", "auto: the rule has no closed form"
     with torch.device("meta"):
         model = build_model(
             settings.model,
@@ -113,7 +116,9 @@ def choose_run_backend(settings: TrainConfig, dataset: Dataset) -> str:
         image = torch.empty(1, dataset.inputs.num_channels, *dataset.inputs.image_size)
         num_blocks, num_values = count_normalized(model, image)
     total = num_values * len(dataset.train) * settings.epochs
-    return "compiled" if total > COMPILE_AFTER * num_blocks else "autograd"
+    if total > COMPILE_AFTER * num_blocks:
+        return "compiled", "auto: the run is long enough for compiling to pay"
+    return "autograd", "auto: the run is too short for compiling to pay"
 
 
 def training_loader(settings: TrainConfig, dataset: Dataset, device: torch.device) -> ImageLoader:

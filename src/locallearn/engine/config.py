@@ -57,6 +57,7 @@ class TrainConfig:
     device: str = "auto"
     channels_last: bool = True
     backend: str = "auto"
+    cuda_graph: bool = True
     compile: bool = False
     num_threads: int | None = None
     seed: int = 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,11 +33,13 @@ from locallearn.engine.optimizers import (
     optimizer_factory,
     set_mode,
 )
-from locallearn.engine.units import BlockUnit, build_unit
+from locallearn.engine.units import BlockUnit, UnitSignal, build_unit
 from locallearn.errors import UserError
-from locallearn.kernels import choose_backend
+from locallearn.kernels import choose_backend, missing_for
 from locallearn.models import Block
 from locallearn.rules import LatentRule, LatentSpec, Requirement, Rule, build_rule
+
+_log = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -55,12 +58,14 @@ class StepResult:
         block_losses: block name -> its local loss, scalar, in the order of the forward. Empty for
             a rule without local losses (bp).
         block_logits: block name -> its local logits, (N, K); only blocks whose rule has logits.
+        block_num_correct: block name -> how many of these are highest at the label, scalar, int64.
     """
 
     logits: Tensor
     loss: Tensor
     block_losses: dict[str, Tensor] = field(default_factory=dict)
     block_logits: dict[str, Tensor] = field(default_factory=dict)
+    block_num_correct: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LocalLearner(nn.Module):
@@ -89,6 +94,7 @@ class LocalLearner(nn.Module):
             soon as training has gone on for so long that compiling pays.
         overlap_updates: on CUDA, run a block's weight gradient and update on a second stream
             beside the next block's forward. Costs memory: what both streams use is freed later.
+            The model's forward must not write into a block's input after the block has run.
         compile: run what takes the generic path (bp, blocks without a closed form) through
             ``torch.compile``.
         recalibration_batches: how many of the last training batches to hold on to, so that the
@@ -138,11 +144,16 @@ class LocalLearner(nn.Module):
         if channels_last:
             model.to(memory_format=torch.channels_last)
         reference = next(model.parameters(), torch.empty(0))
-        self.backend = choose_backend(backend, reference.device.type, reference.dtype)
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        # Of several, the one that fewest backends take.
+        dtype = next((d for d in dtypes if d != torch.float32), torch.float32)
+        self.backend = choose_backend(backend, reference.device.type, dtype)
         self._later_backend: str | None = None
         if backend == "auto" and self.backend == "compiled":
             self.backend, self._later_backend = "autograd", "compiled"
+        self._is_auto = backend == "auto"
         self._num_elements = 0  # values of z that the steps have made
+        self.state_number = 0  # of the loaded states; a captured graph is for one
         self._side_stream: torch.cuda.Stream | None = None
         if overlap_updates:
             if reference.device.type != "cuda":
@@ -196,6 +207,11 @@ class LocalLearner(nn.Module):
         if self._rest_optimizer is not None:
             table[""] = self._rest_optimizer
         return table
+
+    @property
+    def holds_batches(self) -> bool:
+        """Whether training batches are held on to (``recalibration_batches``)."""
+        return self._recent.maxlen != 0
 
     @property
     def num_additional_params(self) -> int:
@@ -255,6 +271,11 @@ class LocalLearner(nn.Module):
         """
         self._num_elements += sum(unit.num_elements for unit in self._units)
         if self._later_backend and self._num_elements > COMPILE_AFTER * max(1, len(self._units)):
+            _log.info(
+                "backend auto: %s from here on, after %d values of z; compiling takes a moment",
+                self._later_backend,
+                self._num_elements,
+            )
             self._use_backend(self._later_backend)
             self._later_backend = None
 
@@ -325,10 +346,21 @@ class LocalLearner(nn.Module):
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self._num_elements = state["num_elements"]
-        if self._later_backend == state["backend"]:
-            self._use_backend(state["backend"])
-            self._later_backend = None
+        if self._is_auto:
+            self._restore_backend(state["backend"])
+        self.state_number += 1
         super().train(state["training"])  # the modules alone: the optimizers' mode was loaded
+
+    def _restore_backend(self, backend: str) -> None:
+        """Go on with what the state was made with, where that can run here."""
+        reference = next(self.model.parameters(), torch.empty(0))
+        fastest = choose_backend("auto", reference.device.type, reference.dtype)
+        if missing_for(backend, reference.device.type, reference.dtype) is not None:
+            _log.warning("the state was made by backend %s; going on by %s", backend, fastest)
+            backend = fastest
+        self._use_backend(backend)
+        waits = backend == "autograd" and fastest == "compiled"
+        self._later_backend = fastest if waits else None
 
     # -- inference and training -----------------------------------------------------------------
 
@@ -369,7 +401,14 @@ class LocalLearner(nn.Module):
         if not self.training:
             self.train()
         images = self._arrange(images)
-        signals: dict[str, tuple[Tensor, Tensor | None]] = {}
+        if images.device.type == "cuda":
+            # Kernels and streams go to the current device, which may be another of several.
+            with torch.cuda.device(images.device):
+                return self._step(images, labels)
+        return self._step(images, labels)
+
+    def _step(self, images: Tensor, labels: Tensor) -> StepResult:
+        signals: dict[str, UnitSignal] = {}
         with (
             torch.enable_grad(),
             self._autocast(images.device.type),
@@ -394,8 +433,11 @@ class LocalLearner(nn.Module):
         return StepResult(
             logits=logits.detach(),
             loss=loss.detach(),
-            block_losses={name: block_loss for name, (block_loss, _) in signals.items()},
-            block_logits={name: x for name, (_, x) in signals.items() if x is not None},
+            block_losses={name: signal.loss for name, signal in signals.items()},
+            block_logits={n: s.logits for n, s in signals.items() if s.logits is not None},
+            block_num_correct={
+                n: s.num_correct for n, s in signals.items() if s.num_correct is not None
+            },
         )
 
     def _warn_of_the_unreached(self) -> None:
@@ -418,9 +460,9 @@ class LocalLearner(nn.Module):
 def _standing_in(
     units: Sequence[BlockUnit],
     labels: Tensor,
-    signals: dict[str, tuple[Tensor, Tensor | None]],
+    signals: dict[str, UnitSignal],
 ) -> Iterator[None]:
-    """Within: every block's ``forward`` is its unit's step; loss and logits go to ``signals``."""
+    """Within: a block's ``forward`` is its unit's step; what its head says goes to ``signals``."""
 
     def stand_in(unit: BlockUnit) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -429,8 +471,7 @@ def _standing_in(
                     f"block {unit.name!r} runs twice in one forward; a block is updated as soon "
                     f"as it has run, so it must run once."
                 )
-            output, loss, logits = unit.step(labels, *args, **kwargs)
-            signals[unit.name] = (loss, logits)
+            output, signals[unit.name] = unit.step(labels, *args, **kwargs)
             return output
 
         return forward

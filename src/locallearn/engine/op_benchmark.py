@@ -55,7 +55,13 @@ def measure_rates(device: torch.device, dtype: torch.dtype, num_rounds: int = 15
     b = torch.empty_like(a)
     copy_ms = _median_ms(lambda: b.copy_(a), device, num_rounds)
     m = torch.randn(_MATRIX_SIDE, _MATRIX_SIDE, device=device).to(dtype)
-    product_ms = _median_ms(lambda: m @ m, device, num_rounds)
+    # As cuDNN multiplies in a convolution: on CUDA by default in TF32.
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        product_ms = _median_ms(lambda: m @ m, device, num_rounds)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
     return MachineRates(2 * 4 * _COPY_VALUES / copy_ms / 1e6, _MATRIX_SIDE**3 / product_ms / 1e6)
 
 

@@ -68,12 +68,20 @@ class ScheduleFreeAdamW(AdamWScheduleFree):  # type: ignore[misc]
             r=r,
             weight_lr_power=weight_lr_power,
         )
+        # Where the package keeps what does not change: copies and pickles of an optimizer have it.
+        self.defaults["averages_by_bias_correction"] = averages_by_bias_correction
         self.backend = "reference"
-        self._averages_by_bias_correction = averages_by_bias_correction
-        self._rates: list[tuple[float, torch.Tensor] | None] = [None] * len(self.param_groups)
+        self._rates: list[tuple[float, torch.Tensor]] = []
+        self._place_clocks()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.backend = "reference"
         self._place_clocks()
 
     def _place_clocks(self) -> None:
+        """The counters as tensors where the parameters are, and the learning rates beside them."""
+        self._rates = []
         for group in self.param_groups:
             device = group["params"][0].device
             # MPS has no float64.
@@ -81,19 +89,36 @@ class ScheduleFreeAdamW(AdamWScheduleFree):  # type: ignore[misc]
             for name in ("k", "weight_sum", "lr_max"):
                 value = torch.as_tensor(group[name], dtype=dtype, device=device)
                 group[name] = value.detach().clone()
+            self._rates.append((group["lr"], torch.full_like(group["k"], group["lr"])))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if hasattr(self, "_rates"):  # and not on the way through the constructor
+            self._place_clocks()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._place_clocks()
 
-    def _rate(self, number: int) -> torch.Tensor:
-        """The group's learning rate on the device, written only when it changes."""
-        group, known = self.param_groups[number], self._rates[number]
-        rate = torch.full_like(group["k"], group["lr"]) if known is None else known[1]
-        if known is not None and known[0] != group["lr"]:
-            rate.fill_(group["lr"])
-        self._rates[number] = (group["lr"], rate)
-        return rate
+    def write_rates(self) -> None:
+        """Write to the device those learning rates that have changed since they were written."""
+        for number, (group, (written, rate)) in enumerate(
+            zip(self.param_groups, self._rates, strict=True)
+        ):
+            if written != group["lr"]:
+                rate.fill_(group["lr"])
+                self._rates[number] = (group["lr"], rate)
+
+    def _laid_out(self, p: torch.Tensor) -> bool:
+        """Whether z and the second moment lie in memory as the parameter does, densely.
+
+        They are laid out anew where the parameter has been, as a change of memory format does it.
+        """
+        state = self.state[p]
+        for name in ("z", "exp_avg_sq"):
+            if state[name].stride() != p.stride():
+                state[name] = torch.empty_like(p).copy_(state[name])
+        return all(state[name].stride() == p.stride() for name in ("z", "exp_avg_sq"))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -103,28 +128,29 @@ class ScheduleFreeAdamW(AdamWScheduleFree):  # type: ignore[misc]
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, group in enumerate(self.param_groups):
+        self.write_rates()
+        for group, (_, rate) in zip(self.param_groups, self._rates, strict=True):
             active = [p for p in group["params"] if p.grad is not None]
             for p in active:
                 if "z" not in self.state[p]:
                     layout = torch.preserve_format
                     self.state[p]["z"] = torch.clone(p, memory_format=layout)
                     self.state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=layout)
-            load_kernels(self.backend).schedulefree_step(
+            # The other backends go through memory in order, which a slice of a tensor is not.
+            backend = self.backend if all(map(self._laid_out, active)) else "reference"
+            load_kernels(backend).schedulefree_step(
                 active,
                 [p.grad for p in active if p.grad is not None],
                 [self.state[p]["z"] for p in active],
                 [self.state[p]["exp_avg_sq"] for p in active],
-                ScheduleFreeState(
-                    group["k"], group["weight_sum"], self._rate(number), group["lr_max"]
-                ),
+                ScheduleFreeState(group["k"], group["weight_sum"], rate, group["lr_max"]),
                 betas=group["betas"],
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 warmup_steps=group["warmup_steps"],
                 r=group["r"],
                 weight_lr_power=group["weight_lr_power"],
-                averages_by_bias_correction=self._averages_by_bias_correction,
+                averages_by_bias_correction=self.defaults["averages_by_bias_correction"],
             )
         return loss
 

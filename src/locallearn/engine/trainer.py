@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from locallearn.data import Dataset, FileImages, MemoryImages
-from locallearn.engine.allocator import keep_freed_memory
 from locallearn.engine.building import (
     build_learner,
     choose_run_backend,
@@ -113,12 +112,9 @@ class _EpochSums:
         self.loss += losses * len(labels)
         counts = [(result.logits.argmax(dim=1) == labels).sum()]
         for name in names:
-            logits = result.block_logits.get(name)  # None for a rule that has none
-            self.has_logits |= logits is not None
-            if logits is None:
-                counts.append(torch.zeros_like(counts[0]))
-            else:
-                counts.append((logits.argmax(dim=1) == labels).sum())
+            num_correct = result.block_num_correct.get(name)  # None for a rule without logits
+            self.has_logits |= num_correct is not None
+            counts.append(torch.zeros_like(counts[0]) if num_correct is None else num_correct)
         self.correct += torch.stack(counts)
         self.num_images += len(labels)
 
@@ -164,8 +160,6 @@ class Trainer:
         self.stop_signal: int | None = None
 
         torch.set_num_threads(settings.num_threads)
-        if settings.device == "cpu":
-            keep_freed_memory()
         torch.manual_seed(settings.seed)
         self.device = torch.device(settings.device)
         self.learner = build_learner(
@@ -186,7 +180,7 @@ class Trainer:
             raise UserError("a training set of one image is too small: BatchNorm needs two.")
         # On CUDA the whole step, augmentation included, is one graph; see `graphs`.
         self._step: Callable[[Crops, Tensor], StepResult] = self._plain_step
-        if can_be_graphed(self.learner):
+        if settings.cuda_graph and can_be_graphed(self.learner):
             source = self.train_loader.source
             resident = [source.pixels] if isinstance(source, MemoryImages) else []
             self._step = GraphedStep(self.learner, self._make_batch, resident)
@@ -219,7 +213,8 @@ class Trainer:
         run.check_free()
         settings = settings.resolve()
         dataset = load_data(settings)
-        settings = replace(settings, backend=choose_run_backend(settings, dataset))
+        backend, reason = choose_run_backend(settings, dataset)
+        settings = replace(settings, backend=backend)
         config = RunConfig(
             settings=settings,
             inputs=dataset.inputs,
@@ -232,6 +227,7 @@ class Trainer:
                 "fingerprint": dataset.fingerprint(),
                 "in_memory": not isinstance(dataset.train, FileImages),
                 "notes": list(dataset.notes),
+                "backend_reason": reason,
             },
             environment=describe_environment(settings.device),
         )

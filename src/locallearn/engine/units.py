@@ -38,19 +38,25 @@ from locallearn.rules import LatentHead, ProjectionHead, accumulate_grad
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
+class UnitSignal(NamedTuple):
+    """What a block's head says of a batch: loss; logits and how many are right, or None."""
+
+    loss: Tensor
+    logits: Tensor | None
+    num_correct: Tensor | None
+
+
 class UnitResult(NamedTuple):
-    """What a block's step yields: its detached output, local loss, and local logits or None."""
+    """What a block's step yields: its detached output, and what its head says."""
 
     output: Any
-    loss: Tensor
-    logits: Tensor | None
+    signal: UnitSignal
 
 
-class _Signal(NamedTuple):
+class _HeadGradients(NamedTuple):
     """What a head says to the closed form; grad_latents is shaped like the moments."""
 
-    loss: Tensor
-    logits: Tensor | None
+    signal: UnitSignal
     grad_latents: Tensor
     grad_gamma: Tensor
     grad_beta: Tensor
@@ -143,6 +149,7 @@ class GenericUnit(BlockUnit):
             if latents.dtype in _LOW_PRECISION:
                 latents = latents.float()
             loss, logits, grad_latents = self.head.signal(latents, labels)
+            signal = UnitSignal(loss, logits, _num_correct(logits, labels))
             if activation.requires_grad:
                 activation.backward(  # type: ignore[no-untyped-call]
                     unpool_latents(grad_latents, hidden, self.latent_size)
@@ -150,9 +157,9 @@ class GenericUnit(BlockUnit):
             del activation
             self._update()
         if self._downsample is None:
-            return UnitResult(hidden, loss, logits)
+            return UnitResult(hidden, signal)
         with torch.no_grad():
-            return UnitResult(self._downsample(hidden), loss, logits)
+            return UnitResult(self._downsample(hidden), signal)
 
 
 class _Normalized:
@@ -161,10 +168,16 @@ class _Normalized:
     def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d, nonlinearity: nn.Module) -> None:
         self.norm = norm
         self.gamma, self.beta = norm.weight, norm.bias
-        self.slope = float(getattr(nonlinearity, "negative_slope", 0.0))
+        is_relu = isinstance(nonlinearity, nn.ReLU)
+        self.slope = 0.0 if is_relu else float(getattr(nonlinearity, "negative_slope", 0.0))
 
     def stats(self, z: Tensor, kernels: Kernels) -> ChannelStats:
         norm = self.norm
+        if z.numel() == z.shape[1]:
+            raise UserError(
+                f"BatchNorm has one value for each channel of {tuple(z.shape)}, which has no "
+                f"variance; a batch of at least 2 is expected."
+            )
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         assert norm.momentum is not None
@@ -189,6 +202,7 @@ class ClosedFormUnit(GenericUnit):
         assert isinstance(self.block, ConvBlock | LinearBlock | DepthwiseSeparableBlock)
         block = self.block
         self._normalized = _Normalized(block.norm, block.nonlinearity)
+        self._norms = [m for m in block.children() if isinstance(m, _NORMS)]
         self._max_pool: int = getattr(block.pool, "kernel_size", 1)
         self._side_stream = side_stream
 
@@ -197,7 +211,8 @@ class ClosedFormUnit(GenericUnit):
         return "generic" if self.backend == "autograd" else "closed form"
 
     def step(self, labels: Tensor, *args: Any, **kwargs: Any) -> UnitResult:
-        if self.backend == "autograd":
+        # A BatchNorm in evaluation mode normalises by its running statistics.
+        if self.backend == "autograd" or not all(norm.training for norm in self._norms):
             return super().step(labels, *args, **kwargs)
         (x,) = (*args, *kwargs.values())
         with torch.no_grad():
@@ -218,7 +233,7 @@ class ClosedFormUnit(GenericUnit):
                     del grad_z
                 del z
                 self._update()
-        return UnitResult(output, head.loss, head.logits)
+        return UnitResult(output, head.signal)
 
     def _forward(self, z: Tensor) -> tuple[Tensor, ChannelStats, Moments]:
         self.num_elements = z.numel()
@@ -236,14 +251,14 @@ class ClosedFormUnit(GenericUnit):
         assert moments is not None
         return output, stats, moments
 
-    def _learn(self, moments: Moments, labels: Tensor) -> _Signal:
+    def _learn(self, moments: Moments, labels: Tensor) -> _HeadGradients:
         """The head; afterwards gamma, beta and the head's own parameters have their gradients."""
         result = self._signal(moments, labels)
         _give(self._normalized.gamma, result.grad_gamma)
         _give(self._normalized.beta, result.grad_beta)
         return result
 
-    def _signal(self, moments: Moments, labels: Tensor) -> _Signal:
+    def _signal(self, moments: Moments, labels: Tensor) -> _HeadGradients:
         gamma, beta, head = self._normalized.gamma, self._normalized.beta, self.head
         if isinstance(head, ProjectionHead) and head.has_closed_form:
             result = self.kernels.local_head(
@@ -259,9 +274,8 @@ class ClosedFormUnit(GenericUnit):
             )
             if result.grad_projection is not None:
                 head.projection_backward(result.grad_projection)
-            return _Signal(
-                result.loss,
-                result.logits,
+            return _HeadGradients(
+                UnitSignal(result.loss, result.logits, result.num_correct),
                 result.grad_latents,
                 result.grad_gamma,
                 result.grad_beta,
@@ -273,9 +287,10 @@ class ClosedFormUnit(GenericUnit):
         if is_linear:
             grad = unpool_latents(grad, unpooled, self.latent_size)
         grad = grad.view(unpooled.shape)
-        return _Signal(loss, logits, grad, *moment_gradients(moments, grad))
+        signal = UnitSignal(loss, logits, _num_correct(logits, labels))
+        return _HeadGradients(signal, grad, *moment_gradients(moments, grad))
 
-    def _grad_z(self, z: Tensor, head: _Signal, stats: ChannelStats) -> Tensor:
+    def _grad_z(self, z: Tensor, head: _HeadGradients, stats: ChannelStats) -> Tensor:
         """dL/dz, in z's memory."""
         normalized = self._normalized
         return self.kernels.block_backward(
@@ -293,7 +308,7 @@ class ClosedFormUnit(GenericUnit):
         """On the side stream, after what the current one has been given so far."""
         if self._side_stream is None:
             return contextlib.nullcontext()
-        self._side_stream.wait_stream(torch.cuda.current_stream())
+        self._side_stream.wait_stream(torch.cuda.current_stream(self._side_stream.device))
         for tensor in tensors:
             tensor.record_stream(self._side_stream)
         return torch.cuda.stream(self._side_stream)
@@ -326,7 +341,9 @@ class DepthwiseSeparableUnit(ClosedFormUnit):
             z = _apply(block.pointwise, a, pointwise_weight)
             output, stats, moments = self._forward(z)
             below = (block.depthwise.weight, inner.gamma, inner.beta)
-            with self._aside(x, u, a, z, *inner_stats, *stats, *moments):
+            with self._aside(
+                x, depthwise_weight, pointwise_weight, u, a, z, *inner_stats, *stats, *moments
+            ):
                 head = self._learn(moments, labels)
                 grad_z = self._grad_z(z, head, stats)
                 if block.pointwise.weight.requires_grad:
@@ -350,7 +367,7 @@ class DepthwiseSeparableUnit(ClosedFormUnit):
                         grad_weight = _grad_weight(block.depthwise, grad_u, x, depthwise_weight)
                         _give(block.depthwise.weight, grad_weight)
                 self._update()
-        return UnitResult(output, head.loss, head.logits)
+        return UnitResult(output, head.signal)
 
 
 @contextlib.contextmanager
@@ -403,34 +420,74 @@ def _conv_backward(
     )
 
 
+def _num_correct(logits: Tensor | None, labels: Tensor) -> Tensor | None:
+    return None if logits is None else (logits.argmax(dim=1) == labels).sum()
+
+
 def has_closed_form(block: nn.Module) -> bool:
     """Whether a block is one of those that the closed form covers, as this package made it.
 
-    A hook or a parametrization on one of its parts would be passed over, a subclass may compute
-    something else, and a BatchNorm without scale, or that averages without end, is another: these
-    take the generic path.
+    A hook, patch or parametrization on one of its parts would be passed over, a subclass may
+    compute something else, and a BatchNorm without scale, or that averages without end, is another:
+    these take the generic path.
     """
     if type(block) not in (ConvBlock, LinearBlock, DepthwiseSeparableBlock):
         return False
-    assert isinstance(block, Block)
-    for part in block.children():
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks:
-            return False
-        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
-            if type(part) not in (nn.BatchNorm1d, nn.BatchNorm2d):
-                return False
-            if not part.affine or part.momentum is None:
-                return False
-        elif isinstance(part, nn.Conv2d | nn.Linear):
-            is_usual = type(part) in (nn.Conv2d, nn.Linear) and part.bias is None
-            if not is_usual or getattr(part, "padding_mode", "zeros") != "zeros":
-                return False
-        elif type(part) is nn.MaxPool2d:
-            if part.kernel_size != part.stride or part.padding or part.ceil_mode:
-                return False
-        elif type(part) not in (nn.LeakyReLU, nn.ReLU, nn.Identity):
-            return False
-    return True
+    if not _is_plain(block, "activation", "downsample"):
+        return False
+    fits = {
+        "conv": _is_plain_layer,
+        "linear": _is_plain_layer,
+        "depthwise": _is_plain_layer,
+        "pointwise": lambda part: _is_plain_layer(part) and _is_pointwise(part),
+        "norm": _is_usual_norm,
+        "depthwise_norm": _is_usual_norm,
+        "nonlinearity": lambda part: type(part) in (nn.LeakyReLU, nn.ReLU),
+        "depthwise_nonlinearity": lambda part: type(part) in (nn.LeakyReLU, nn.ReLU),
+        "pool": _is_usual_pool,
+    }
+    return all(
+        name in fits and fits[name](part) and _is_plain(part)
+        for name, part in block.named_children()
+    )
+
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def _is_plain(part: nn.Module, *methods: str) -> bool:
+    """Whether a module computes what its class does: no hook of its parts, no patched method."""
+    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
+    # The block's own hooks run around its step; those of its parts would not.
+    is_hooked = not methods and any(hooks)
+    return not is_hooked and not any(name in vars(part) for name in ("forward", *methods))
+
+
+def _is_plain_layer(part: nn.Module) -> bool:
+    is_usual = type(part) in (nn.Conv2d, nn.Linear) and part.bias is None
+    return is_usual and getattr(part, "padding_mode", "zeros") == "zeros"
+
+
+def _is_pointwise(part: nn.Module) -> bool:
+    assert isinstance(part, nn.Conv2d)
+    geometry = (part.kernel_size, part.stride, part.padding, part.groups)
+    return geometry == ((1, 1), (1, 1), (0, 0), 1)
+
+
+def _is_usual_norm(part: nn.Module) -> bool:
+    is_norm = type(part) in _NORMS
+    return is_norm and bool(part.affine) and part.momentum is not None
+
+
+def _is_usual_pool(part: nn.Module) -> bool:
+    if type(part) is nn.Identity:
+        return True
+    return (
+        type(part) is nn.MaxPool2d
+        and isinstance(part.kernel_size, int)
+        and (part.stride, part.padding, part.dilation) == (part.kernel_size, 0, 1)
+        and not part.ceil_mode
+    )
 
 
 def build_unit(*, side_stream: torch.cuda.Stream | None, **settings: Any) -> BlockUnit:

@@ -44,8 +44,8 @@ def missing_for(backend: str, device_type: str, dtype: torch.dtype = torch.float
             return f"needs a CUDA device, and this is {device_type}"
         if not has_triton:
             return "needs the package triton, which is not installed"
-        if dtype == torch.float64:
-            return "computes in float32, and the model is float64"
+        if dtype != torch.float32:
+            return f"takes float32 parameters, and the model's are {str(dtype).split('.')[1]}"
     return None
 
 

@@ -57,7 +57,7 @@ def block_backward(
         )
         overlapping = (height, width)
     open_batch(rows, grad)
-    key = (*rows.shape[1:], grad.shape[1], rows.dtype)
+    key = (*rows.shape[1:], grad.shape[1], rows.dtype, gamma.dtype, negative_slope)
     specialized(_block_backward, *key)(
         rows, grad, *stats, gamma, beta, grad_gamma, grad_beta, negative_slope, overlapping
     )
@@ -110,7 +110,7 @@ def norm_backward(
     rows = whole.view(n, -1, channels)
     grad = rows_of(grad_output).reshape(n, -1, channels)
     open_batch(rows, grad)
-    key = (*rows.shape[1:], rows.dtype)
+    key = (*rows.shape[1:], rows.dtype, grad.dtype, gamma.dtype, negative_slope)
     grad_gamma, grad_beta = specialized(_grad_sums, *key)(
         rows, grad, *stats, gamma, beta, negative_slope
     )

@@ -69,7 +69,7 @@ def block_forward(
 ) -> BlockForward:
     rows = rows_of(z).contiguous()
     open_batch(rows)
-    key = (*rows.shape[1:], latent_size, max_pool, rows.dtype)
+    key = (*rows.shape[1:], latent_size, max_pool, rows.dtype, gamma.dtype, negative_slope)
     output, s0, s1 = specialized(_block_forward, *key)(
         rows, *stats, gamma, beta, negative_slope, latent_size, max_pool
     )

@@ -42,7 +42,7 @@ def channel_stats(
 ) -> ChannelStats:
     rows = rows_of(z).reshape(z.shape[0], -1, z.shape[1])
     open_batch(rows)
-    key = (*rows.shape[1:], rows.dtype)
+    key = (*rows.shape[1:], rows.dtype, running_mean is None, running_var is None, eps, momentum)
     return ChannelStats(
         *specialized(_channel_stats, *key)(rows, running_mean, running_var, eps, momentum)
     )

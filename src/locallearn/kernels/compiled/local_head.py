@@ -52,7 +52,8 @@ def local_head(
     if isinstance(projection, PeriodicBasis):
         projection = periodic_basis(projection).to(moments.s0.dtype)
     s0, s1 = moments
+    labels = labels.view(-1)  # a tensor of our own to be marked
     open_batch(s0, s1, labels)
     settings = (normalize, temperature, label_smoothing, needs_grad_projection)
-    key = (*s0.shape[1:], *projection.shape, s0.dtype, *settings)
+    key = (*s0.shape[1:], *projection.shape, s0.dtype, projection.dtype, *settings)
     return specialized(_local_head, *key)(s0, s1, gamma, beta, projection, labels, *settings)
