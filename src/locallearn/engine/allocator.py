@@ -30,4 +30,5 @@ def keep_freed_memory() -> bool:
     if not any(mallopt(_M_MMAP_THRESHOLD, size) == 1 for size in (2**30, 2**25)):
         return False
     kept = mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) == 1
-    return mallopt(_M_TOP_PAD, 2**26) == 1 and kept
+    padded = mallopt(_M_TOP_PAD, 2**26) == 1
+    return bool(kept and padded)

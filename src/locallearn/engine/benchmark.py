@@ -226,10 +226,7 @@ def _check(
 
     def gradients(rule: str, backend: str, precision: str, is_exact: bool) -> dict[str, Tensor]:
         on_progress(f"gate: {rule}, {'exact' if is_exact else backend}")
-        sgd: dict[str, Any] = {
-            "optimizer": lambda p: torch.optim.SGD(p, lr=1.0),
-            "recalibration_batches": 0,
-        }
+        sgd: dict[str, Any] = {"optimizer": _sgd, "recalibration_batches": 0}
         torch.manual_seed(config.seed)
         network = build().to(images.device)
         learner = LocalLearner(network, rule, backend=backend, precision=precision, **sgd)
@@ -257,6 +254,10 @@ def _check(
             floor = _GATE_FLOOR[config.precision]
             is_green &= all(error <= 2 * plain[block] + floor for block, error in ours.items())
     return GateResult(is_green, errors)
+
+
+def _sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1.0)
 
 
 def _errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
