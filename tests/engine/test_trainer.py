@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from locallearn.engine import Interrupted, Snapshot, TrainConfig, Trainer, load_
 from locallearn.engine.evaluation import evaluate
 from locallearn.engine.files import write_atomically
 from locallearn.engine.run import RunDirectory, load_checkpoint, save_checkpoint
+from locallearn.kernels import cxx_compiler
 from locallearn.rules import (
     LatentHead,
     LatentRule,
@@ -160,6 +164,31 @@ def test_stopped_in_an_epoch_and_resumed_is_as_never_stopped(
     torch.manual_seed(99)  # whatever happened meanwhile
     Trainer.resume(tmp_path / "cut", Recorder()).fit()
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.filterwarnings("default")  # what torch's compiler warns of is not ours
+def test_resumed_by_a_process_that_compiles_for_another_batch_first(tmp_path: Path) -> None:
+    """Of the smaller last batch of an epoch, with nothing compiled before: still bit for bit."""
+    if cxx_compiler() is None:
+        pytest.skip("no C++ compiler on this machine: torch.compile can't be used on its CPU")
+    run(tmp_path / "whole", backend="compiled")
+    config = TrainConfig(**SMALL, backend="compiled")
+    trainer = Trainer.start(config, tmp_path / "stopped", Recorder())
+    step = trainer.learner.step
+
+    def stopping(images, labels):
+        if trainer.step == 2:  # 400 images are three batches of 128 and one of 16
+            trainer.stop_signal = 15
+        return step(images, labels)
+
+    trainer.learner.step = stopping
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    assert (trainer.epoch, trainer.step) == (0, 3)
+    cold = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cold")}
+    command = [sys.executable, "-m", "locallearn", "train", "--resume", str(tmp_path / "stopped")]
+    subprocess.run(command, env=cold, check=True, capture_output=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 class Killed(BaseException):

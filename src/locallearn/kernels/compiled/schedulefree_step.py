@@ -11,6 +11,8 @@ from locallearn.kernels.compiled.compilation import specialized
 from locallearn.kernels.interface import ScheduleFreeState
 from locallearn.kernels.reference.schedulefree_step import schedulefree_step as reference
 
+_LARGE = 2**15  # values
+
 
 def _schedulefree_step(
     parameters: list[Tensor],
@@ -68,12 +70,15 @@ def schedulefree_step(
         [in_storage_order(t, p) for t, p in zip(tensors, parameters, strict=True)]
         for tensors in (parameters, gradients, z, exp_avg_sq)
     ]
-    # One compilation for every block with as many parameters, whatever their sizes.
+    # One compilation for every block with as many parameters, whatever their sizes; but another for
+    # the large ones, as loops are spread over threads, or not, by the sizes first compiled for.
+    is_large = sum(map(len, flat[0])) >= _LARGE
     for tensor in (t for tensors in flat for t in tensors):
         if len(tensor) > 1:
             torch._dynamo.mark_dynamic(tensor, 0)
     settings = (betas, eps, weight_decay, warmup_steps, r, weight_lr_power)
-    key = (len(parameters), *(p.dtype for p in parameters), *settings, averages_by_bias_correction)
+    dtypes = [p.dtype for p in parameters]
+    key = (len(parameters), *dtypes, is_large, *settings, averages_by_bias_correction)
     y, gradient, z_flat, v = flat
     specialized(_schedulefree_step, *key)(
         y, gradient, z_flat, v, state, *settings, averages_by_bias_correction
