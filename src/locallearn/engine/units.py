@@ -347,7 +347,7 @@ class DepthwiseSeparableUnit(ClosedFormUnit):
                 head = self._learn(moments, labels)
                 grad_z = self._grad_z(z, head, stats)
                 if block.pointwise.weight.requires_grad:
-                    grad_weight = _grad_weight(block.pointwise, grad_z, a, pointwise_weight)
+                    grad_weight = _pointwise_grad_weight(block.pointwise, grad_z, a)
                     _give(block.pointwise.weight, grad_weight)
                 if any(p.requires_grad for p in below):
                     grad_a = _pointwise_grad_input(block.pointwise, grad_z, a, pointwise_weight)
@@ -402,14 +402,31 @@ def _grad_weight(layer: nn.Conv2d | nn.Linear, grad_z: Tensor, x: Tensor, weight
     return _conv_backward(layer, grad_z, x, weight, [False, True, False])[1]
 
 
+def _pointwise_grad_weight(layer: nn.Conv2d, grad_z: Tensor, a: Tensor) -> Tensor:
+    """dL/dW of a 1x1 convolution: a product of rows, where oneDNN's own way takes up to twice as
+    long (1024 channels at 4x4: 6.8 ms against 3.3 on 2 cores)."""
+    rows = _rows_of(grad_z, a)
+    if rows is None:
+        return _conv_backward(layer, grad_z, a, layer.weight.to(a.dtype), [False, True, False])[1]
+    grad_rows, a_rows = rows
+    return (a_rows.T @ grad_rows).T.view(layer.weight.shape)
+
+
 def _pointwise_grad_input(layer: nn.Conv2d, grad_z: Tensor, a: Tensor, weight: Tensor) -> Tensor:
     """dL/da of a 1x1 convolution, over a itself where both lie channels-last."""
-    layout = torch.channels_last
-    if not (a.is_contiguous(memory_format=layout) and grad_z.is_contiguous(memory_format=layout)):
+    rows = _rows_of(grad_z, a)
+    if rows is None:
         return _conv_backward(layer, grad_z, a, weight, [True, False, False])[0]
-    grad_rows, rows = (t.permute(0, 2, 3, 1).view(-1, t.shape[1]) for t in (grad_z, a))
-    torch.mm(grad_rows, weight.flatten(1), out=rows)
+    grad_rows, a_rows = rows
+    torch.mm(grad_rows, weight.flatten(1), out=a_rows)
     return a
+
+
+def _rows_of(*tensors: Tensor) -> tuple[Tensor, ...] | None:
+    """(N, C, H, W) as (N H W, C), views; None where one does not lie channels-last."""
+    if not all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors):
+        return None
+    return tuple(t.permute(0, 2, 3, 1).view(-1, t.shape[1]) for t in tensors)
 
 
 def _conv_backward(
