@@ -7,7 +7,13 @@ from torch import Tensor
 
 from locallearn.kernels.compiled.block_forward import parts
 from locallearn.kernels.compiled.cells import Holders, holders, is_even, split, spread
-from locallearn.kernels.compiled.compilation import open_batch, overwrite, rows_of, specialized
+from locallearn.kernels.compiled.compilation import (
+    open_batch,
+    open_rows,
+    overwrite,
+    rows_of,
+    specialized,
+)
 from locallearn.kernels.interface import ChannelStats, NormGradient
 
 
@@ -109,8 +115,8 @@ def norm_backward(
     whole = rows_of(z).contiguous()
     rows = whole.view(n, -1, channels)
     grad = rows_of(grad_output).reshape(n, -1, channels)
-    open_batch(rows, grad)
-    key = (*rows.shape[1:], rows.dtype, grad.dtype, gamma.dtype, negative_slope)
+    left = open_rows(rows, grad)
+    key = (*left, rows.dtype, grad.dtype, gamma.dtype, negative_slope)
     grad_gamma, grad_beta = specialized(_grad_sums, *key)(
         rows, grad, *stats, gamma, beta, negative_slope
     )

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from locallearn.kernels.compiled.cells import cell_means
-from locallearn.kernels.compiled.compilation import open_batch, rows_of, specialized
+from locallearn.kernels.compiled.compilation import (
+    open_batch,
+    open_rows,
+    rows_of,
+    specialized,
+)
 from locallearn.kernels.interface import BlockForward, ChannelStats, Moments
 
 
@@ -56,6 +61,18 @@ def _block_forward(
     return output, cell_means(d, latent_size), cell_means(d * xh, latent_size)
 
 
+def _activate(
+    rows: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    negative_slope: float,
+) -> Tensor:
+    _, v, d = parts(rows, ChannelStats(mean, inv_std), gamma, beta, negative_slope)
+    return (v * d).to(rows.dtype)
+
+
 @torch.no_grad()
 def block_forward(
     z: Tensor,
@@ -68,6 +85,12 @@ def block_forward(
     max_pool: int = 1,
 ) -> BlockForward:
     rows = rows_of(z).contiguous()
+    if latent_size is None and max_pool == 1:
+        flat = rows.view(z.shape[0], -1, z.shape[1])
+        key = (*open_rows(flat), rows.dtype, gamma.dtype, negative_slope)
+        output = specialized(_activate, *key)(flat, *stats, gamma, beta, negative_slope)
+        output = output.view(rows.shape)
+        return BlockForward(output if z.ndim == 2 else output.permute(0, 3, 1, 2), None)
     open_batch(rows)
     key = (*rows.shape[1:], latent_size, max_pool, rows.dtype, gamma.dtype, negative_slope)
     output, s0, s1 = specialized(_block_forward, *key)(

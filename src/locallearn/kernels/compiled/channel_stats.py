@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from locallearn.kernels.compiled.compilation import open_batch, rows_of, specialized
+from locallearn.kernels.compiled.compilation import open_rows, rows_of, specialized
 from locallearn.kernels.interface import ChannelStats
 from locallearn.kernels.reference.channel_stats import update_running, wide
 
@@ -41,8 +41,8 @@ def channel_stats(
     momentum: float = 0.1,
 ) -> ChannelStats:
     rows = rows_of(z).reshape(z.shape[0], -1, z.shape[1])
-    open_batch(rows)
-    key = (*rows.shape[1:], rows.dtype, running_mean is None, running_var is None, eps, momentum)
+    left = open_rows(rows)
+    key = (*left, rows.dtype, running_mean is None, running_var is None, eps, momentum)
     return ChannelStats(
         *specialized(_channel_stats, *key)(rows, running_mean, running_var, eps, momentum)
     )

@@ -50,6 +50,20 @@ def open_batch(*tensors: Tensor) -> None:
             torch._dynamo.mark_dynamic(tensor, 0)
 
 
+def open_rows(*tensors: Tensor) -> tuple[object, ...]:
+    """Leave batch and positions of (N, H W, C) tensors open, and tell what is left to compile for.
+
+    For the passes that run through memory whatever its shape: a network of many shapes would
+    otherwise spend a second of compiling on each.
+    """
+    for tensor in tensors:
+        for dimension in (0, 1):
+            if tensor.shape[dimension] > 1:  # one is compiled for by itself
+                torch._dynamo.mark_dynamic(tensor, dimension)
+    n, length, channels = tensors[0].shape
+    return n == 1, length == 1, channels
+
+
 def rows_of(z: Tensor) -> Tensor:
     """(N, C, H, W) as (N, H, W, C), a view where z is channels-last; (N, F) as it is."""
     return z.permute(0, 2, 3, 1) if z.ndim == 4 else z
