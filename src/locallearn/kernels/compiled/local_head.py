@@ -52,8 +52,15 @@ def local_head(
     if isinstance(projection, PeriodicBasis):
         projection = periodic_basis(projection).to(moments.s0.dtype)
     s0, s1 = moments
-    labels = labels.view(-1)  # a tensor of our own to be marked
+    # Tensors of our own, to be marked.
+    gamma, beta, projection, labels = (t.detach() for t in (gamma, beta, projection, labels))
     open_batch(s0, s1, labels)
     settings = (normalize, temperature, label_smoothing, needs_grad_projection)
-    key = (*s0.shape[1:], *projection.shape, s0.dtype, projection.dtype, *settings)
+    shape: tuple[int, ...] = (*s0.shape[1:], *projection.shape)
+    if s0.ndim == 4 and len(gamma) > 1:
+        # Whatever the channels are: a head takes a second or two to compile.
+        for tensor, dimension in ((s0, 1), (s1, 1), (gamma, 0), (beta, 0), (projection, 1)):
+            torch._dynamo.mark_dynamic(tensor, dimension)
+        shape = (*s0.shape[2:], len(projection))
+    key = (s0.ndim, *shape, s0.dtype, projection.dtype, *settings)
     return specialized(_local_head, *key)(s0, s1, gamma, beta, projection, labels, *settings)
