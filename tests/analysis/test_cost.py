@@ -8,7 +8,6 @@ import torch
 from locallearn import LocalLearner, build_model, build_rule, list_models
 from locallearn.analysis import step_cost
 from locallearn.engine.measuring import peak_memory_bytes
-from locallearn.kernels import cxx_compiler
 
 IMAGE = (3, 32, 32)
 
@@ -80,14 +79,4 @@ def test_memory_of_backpropagation_is_what_is_allocated(model: str) -> None:
     image = (3, 64, 64) if model == "mobilenet-v1" else IMAGE
     cost = cost_of("bp", model, 32, image)
     actual = measured(model, "bp", "autograd", 32, image)
-    assert actual == pytest.approx(cost.peak_activation_bytes, rel=0.05)
-
-
-@pytest.mark.filterwarnings("default")  # what torch's compiler warns of is not ours
-def test_memory_of_the_closed_form_is_what_is_allocated() -> None:
-    """Of one model, as each takes many seconds to compile; `locallearn bench` checks the others."""
-    if cxx_compiler() is None:
-        pytest.skip("no C++ compiler on this machine: torch.compile can't be used on its CPU")
-    cost = cost_of("lls-mxm", batch_size=64)
-    actual = measured("smallconv", "lls-mxm", "compiled", 64, IMAGE)
     assert actual == pytest.approx(cost.peak_activation_bytes, rel=0.05)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from locallearn import LocalLearner, UserError, build_model
+from locallearn.analysis import step_cost
 from locallearn.data import load_dataset
 from locallearn.engine import TrainConfig
 from locallearn.engine.building import choose_run_backend
@@ -17,7 +18,7 @@ from locallearn.engine.learner import COMPILE_AFTER
 from locallearn.engine.measuring import peak_memory_bytes
 from locallearn.engine.units import has_closed_form
 from locallearn.kernels import cxx_compiler
-from locallearn.models import Block, ConvBlock, DepthwiseSeparableBlock, LinearBlock
+from locallearn.models import Block, BlockNetwork, ConvBlock, DepthwiseSeparableBlock, LinearBlock
 
 pytestmark = pytest.mark.filterwarnings("default")  # what torch's compiler warns of is not ours
 
@@ -267,14 +268,12 @@ def test_running_statistics_are_batch_norms(model: str) -> None:
 
 
 def test_peak_memory_is_the_largest_blocks_own_tensors() -> None:
-    """Input, z and output of the second block; 15 % for all else."""
+    """Input, z and output of the second block, 15 % for all else; and what `cost` counts."""
     if cxx_compiler() is None:
         pytest.skip("no C++ compiler on this machine: torch.compile can't be used on its CPU")
     blocks = [ConvBlock(c, 16, latent_size=2, max_pool=p) for c, p in ((3, 1), (16, 2), (16, 1))]
-    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
-    learner = LocalLearner(
-        model, "lls-mxm", num_classes=4, backend="compiled", recalibration_batches=0
-    )
+    model = BlockNetwork(blocks, pool_size=1, num_classes=4)
+    learner = LocalLearner(model, "lls-mxm", backend="compiled", recalibration_batches=0)
     images, labels = problem(32, size=32)
     images = images.contiguous(memory_format=torch.channels_last)
     learner.step(images, labels)
@@ -283,6 +282,8 @@ def test_peak_memory_is_the_largest_blocks_own_tensors() -> None:
     own = z + z + z // 4  # of the second block, whose output is pooled
     first = z + z  # of the first, whose input is the images
     assert max(own, first) <= peak <= 1.15 * max(own, first)
+    cost = step_cost(model, learner.rule, image_shape=(3, 32, 32), batch_size=32)
+    assert peak == pytest.approx(cost.peak_activation_bytes, rel=0.05)
 
 
 # -- which backend ------------------------------------------------------------------------------

@@ -174,6 +174,14 @@ def test_copies_go_on_as_the_original() -> None:
         assert torch.equal(other, third)
 
 
+def test_a_loaded_state_leaves_the_backend() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = schedule_free([weight])
+    optimizer.backend = "compiled"
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.backend == "compiled"
+
+
 def test_groups_can_be_added_and_rates_changed() -> None:
     one, two = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
     optimizer = schedule_free([one])

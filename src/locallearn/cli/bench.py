@@ -58,7 +58,7 @@ def bench(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
 
-    from locallearn.analysis import plot_benchmark
+    from locallearn.analysis import plot_benchmark, step_cost
     from locallearn.engine import PRECISIONS, choose_device
     from locallearn.engine.allocator import keep_freed_memory
     from locallearn.engine.benchmark import BenchmarkConfig, run_benchmark, same_weights
@@ -68,6 +68,7 @@ def bench(
     from locallearn.errors import unknown_name
     from locallearn.kernels import choose_backend, missing_for
     from locallearn.models import build_model
+    from locallearn.rules import build_rule
 
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
@@ -122,6 +123,17 @@ def bench(
                 precision=precision,
                 device=torch.device(place),
             )
+    for row in result.rows:
+        how = (row["path"], row["backend"])
+        if row["path"] == "closed form" or how == ("backprop", "eager"):
+            cost = step_cost(
+                build(),
+                build_rule(row["rule"]),
+                image_shape=config.image_shape,
+                batch_size=batch_size,
+                bytes_per_value=2 if precision == "bf16" else 4,
+            )
+            row["counted_activation_mib"] = cost.peak_activation_mib  # as `locallearn cost`
     record: dict[str, Any] = {
         "command": "locallearn " + " ".join(sys.argv[1:]),
         "settings": asdict(config),

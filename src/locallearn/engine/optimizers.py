@@ -76,7 +76,8 @@ class ScheduleFreeAdamW(AdamWScheduleFree):  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.backend = "reference"
+        if "backend" not in vars(self):  # in a copy, and not in one that loads a state
+            self.backend = "reference"
         self._place_clocks()
 
     def _place_clocks(self) -> None:

@@ -169,6 +169,8 @@ class Trainer:
             device=self.device,
             compile=settings.compile,
         )
+        if settings.backend == "compiled":
+            self._compile_for_a_full_batch(dataset)
         self.schedules = {
             name: schedule
             for name, optimizer in self.learner.optimizers.items()
@@ -344,6 +346,21 @@ class Trainer:
         self._check_losses()
         self._synchronize()
         self.train_seconds = time.perf_counter() - began
+
+    def _compile_for_a_full_batch(self, dataset: Dataset) -> None:
+        """Compile on a learner that is thrown away.
+
+        Loops are spread over threads by the batch that they are first compiled for, and sums are
+        then added up in another order. A resumed run may begin with the smaller last batch of an
+        epoch; so that it equals one that was never stopped, every run compiles for a full one.
+        """
+        inputs, size = dataset.inputs, min(self.settings.batch_size, len(dataset.train))
+        with torch.random.fork_rng(devices=[]):
+            twin = build_learner(self.settings, inputs, dataset.num_classes, device=self.device)
+            images = torch.randn(size, inputs.num_channels, *inputs.image_size)
+            labels = torch.arange(size) % dataset.num_classes
+            if size > 1:
+                twin.step(images.to(self.device), labels.to(self.device))
 
     def _make_batch(self, crops: Crops, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self.train_loader.images(crops), labels
