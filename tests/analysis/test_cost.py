@@ -62,7 +62,8 @@ def test_half_the_width_is_half_the_activations() -> None:
     full, half = (
         step_cost(model, rule, image_shape=IMAGE, batch_size=64, bytes_per_value=b) for b in (4, 2)
     )
-    assert 0.5 < half.peak_activation_bytes / full.peak_activation_bytes < 0.53
+    # The sums of the moments stay float32: 2 s W C values, a sixteenth of z.
+    assert 0.5 < half.peak_activation_bytes / full.peak_activation_bytes < 0.56
     assert full.largest_block == half.largest_block == "conv2"
 
 

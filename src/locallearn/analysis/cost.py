@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from locallearn.kernels.compiled.cells import FEW_CHANNELS
 from locallearn.models import Block, BlockNetwork, ConvBlock, DepthwiseSeparableBlock, LinearBlock
 from locallearn.rules import (
     BasisHead,
@@ -80,6 +81,7 @@ class BlockShapes:
     moments: int
     latent_length: int
     basis_length: int | None
+    row_sums: int  # values between the two halves of the moments' sums, of many channels
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,11 @@ def _trace(
 ) -> tuple[list[BlockShapes], Stage]:
     """Shapes of every block, and of the classifier, from a forward of one sample on meta."""
     shapes: dict[nn.Module, tuple[int, int]] = {}
+    widths: dict[nn.Module, int] = {}
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         shapes[module] = (inputs[0].numel(), output.numel())
+        widths[module] = output.shape[-1]
 
     twin = copy.deepcopy(model).to("meta")
     for module in twin.modules():
@@ -209,7 +213,13 @@ def _trace(
             stages = (stage(layer, output, is_pooled),)
         is_linear = isinstance(block, LinearBlock)
         moments = block.out_channels if is_linear else block.latent_length
-        blocks.append(BlockShapes(name, stages, moments, block.latent_length, block.basis_length))
+        row_sums = 0
+        if not is_linear and block.out_channels > FEW_CHANNELS:
+            last = block.pointwise if isinstance(block, DepthwiseSeparableBlock) else block.conv
+            row_sums = 2 * block.latent_size * widths[last] * block.out_channels
+        blocks.append(
+            BlockShapes(name, stages, moments, block.latent_length, block.basis_length, row_sums)
+        )
     return blocks, stage(twin.classifier)
 
 
@@ -221,7 +231,8 @@ def _peak_of_local_rule(
     for number, block in enumerate(blocks):
         values = 0 if number == 0 else block.stages[0].x  # the images are the caller's
         values += sum(stage.z + stage.output for stage in block.stages)
-        moments = _NUM_MOMENTS * 4 * block.moments  # always float32
+        # Always float32; the sums of rows are gone when the head begins.
+        moments = 4 * max(_NUM_MOMENTS * block.moments, 2 * block.moments + block.row_sums)
         weights = 4 * sum(stage.num_weights for stage in block.stages[:-1])
         weights += block.stages[-1].gradient_bytes
         peaks.append((batch_size * (values * bytes_per_value + moments) + weights, block.name))

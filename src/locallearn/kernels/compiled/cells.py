@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_FEW_CHANNELS = 192
+FEW_CHANNELS = 192
 
 
 def bounds(length: int, size: int) -> list[tuple[int, int]]:
@@ -31,7 +31,7 @@ def cell_means(values: Tensor, size: int) -> Tensor:
     if not is_even(height, width, size):
         rows = torch.stack([values[:, a:b].mean(1) for a, b in bounds(height, size)], dim=1)
         return torch.stack([rows[:, :, a:b].mean(2) for a, b in bounds(width, size)], dim=2)
-    if channels <= _FEW_CHANNELS:
+    if channels <= FEW_CHANNELS:
         cells = split(values, size).sum((2, 4))
     else:
         rows = values.view(n, size, height // size, width, channels).sum(2)
