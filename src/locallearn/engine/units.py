@@ -321,10 +321,14 @@ class DepthwiseSeparableUnit(ClosedFormUnit):
     Every gradient overwrites what is done with: that of z lies in z, of a in a, of u in u.
     """
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        assert isinstance(self.block, DepthwiseSeparableBlock)
+        self._inner = _Normalized(self.block.depthwise_norm, self.block.depthwise_nonlinearity)
+
     def _closed_form(self, labels: Tensor, x: Tensor) -> UnitResult:
         assert isinstance(self.block, DepthwiseSeparableBlock)
-        block, kernels = self.block, self.kernels
-        inner = _Normalized(block.depthwise_norm, block.depthwise_nonlinearity)
+        block, kernels, inner = self.block, self.kernels, self._inner
         with _computing(x) as x:
             depthwise_weight = block.depthwise.weight.to(x.dtype)
             pointwise_weight = block.pointwise.weight.to(x.dtype)
