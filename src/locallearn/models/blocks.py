@@ -2,15 +2,82 @@
 
 Shapes: N batch, C channels, H W height and width, F features, s pooling size, T latent length.
 
-No convolution or linear layer here has a bias: the BatchNorm behind it would subtract it again,
-and its gradient, zero but for rounding, would only make Adam walk at random.
+A convolution or linear layer with a BatchNorm behind it has no bias: that would be subtracted
+again, and its gradient, zero but for rounding, would only make Adam walk at random.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
+from locallearn.errors import UserError, unknown_name
+
 NEGATIVE_SLOPE = 0.01  # of every LeakyReLU, as in the authors' code
+ACTIVATIONS = ("leaky-relu", "relu", "tanh")
+NORMS = ("batch", "none")
+
+
+@dataclass(frozen=True)
+class BlockStyle:
+    """What stands behind each convolution and linear layer of a network's blocks.
+
+    Arguments:
+        activation: "leaky-relu" (slope 0.01, the LLS authors'), "relu" or "tanh" (DRTP's).
+        norm: "batch", or "none", where the layer has a bias instead.
+    """
+
+    activation: str = "leaky-relu"
+    norm: str = "batch"
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise unknown_name("activation", self.activation, ACTIVATIONS)
+        if self.norm not in NORMS:
+            raise unknown_name("norm", self.norm, NORMS)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether layers have a bias."""
+        return self.norm == "none"
+
+    def build_norm(self, num_channels: int, *, is_linear: bool = False) -> nn.Module:
+        """For (N, C, H, W), or (N, F)."""
+        if self.norm == "none":
+            return nn.Identity()
+        return nn.BatchNorm1d(num_channels) if is_linear else nn.BatchNorm2d(num_channels)
+
+    def build_activation(self) -> nn.Module:
+        """In place: what the layer before keeps is its own input."""
+        if self.activation == "tanh":
+            return nn.Tanh()
+        if self.activation == "relu":
+            return nn.ReLU(inplace=True)
+        return nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True)
+
+
+DEFAULT_STYLE = BlockStyle()
+
+
+class Layer(NamedTuple):
+    """A layer with weights, and what stands behind it: ``nonlinearity(norm(weighted(x)))``."""
+
+    weighted: nn.Module
+    norm: nn.Module
+    nonlinearity: nn.Module
+
+
+def scaled(width: float, num_channels: int) -> int:
+    """A number of channels of a network whose blocks are ``width`` times as wide.
+
+    Raises:
+        UserError: a width that is not above 0.
+    """
+    if not width > 0:
+        raise UserError(f"width must be above 0, got {width}.")
+    return max(1, round(width * num_channels))
 
 
 class Block(nn.Module):
@@ -52,12 +119,16 @@ class Block(nn.Module):
         pooled: Tensor = self.pool(activation)
         return pooled
 
+    def layers(self) -> list[Layer]:
+        """What :meth:`activation` runs, one after the other."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         return self.downsample(self.activation(x))
 
 
 class ConvBlock(Block):
-    """Conv2d 3x3 (padding 1) -> BatchNorm2d -> LeakyReLU [-> MaxPool2d].
+    """Conv2d 3x3 (padding 1) -> BatchNorm2d -> LeakyReLU [-> MaxPool2d], or as the style says.
 
     Arguments:
         in_channels, out_channels: C of the input and of the output.
@@ -65,6 +136,7 @@ class ConvBlock(Block):
         stride: of the convolution.
         max_pool: window and stride of the max-pool that follows; 1 for none.
         basis_length: see :class:`Block`.
+        style: normalisation and activation.
     """
 
     def __init__(
@@ -76,6 +148,7 @@ class ConvBlock(Block):
         stride: int = 1,
         max_pool: int = 1,
         basis_length: int | None = None,
+        style: BlockStyle = DEFAULT_STYLE,
     ) -> None:
         super().__init__(
             out_channels,
@@ -84,23 +157,28 @@ class ConvBlock(Block):
             basis_length=basis_length,
             max_pool=max_pool,
         )
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels)
-        # In place: BatchNorm's backward reads its own input, LeakyReLU's its output's sign.
-        self.nonlinearity = nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True)
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, 3, stride=stride, padding=1, bias=style.has_bias
+        )
+        self.norm = style.build_norm(out_channels)
+        self.nonlinearity = style.build_activation()
 
     def activation(self, x: Tensor) -> Tensor:
         h: Tensor = self.nonlinearity(self.norm(self.conv(x)))
         return h
 
+    def layers(self) -> list[Layer]:
+        return [Layer(self.conv, self.norm, self.nonlinearity)]
+
 
 class LinearBlock(Block):
-    """Linear -> BatchNorm1d -> LeakyReLU.
+    """Linear -> BatchNorm1d -> LeakyReLU, or as the style says.
 
     Arguments:
         in_features, out_features: F of the input and of the output.
         latent_size: T; the features are average-pooled to it, or repeated where T > F.
         basis_length: see :class:`Block`.
+        style: normalisation and activation.
     """
 
     def __init__(
@@ -110,6 +188,7 @@ class LinearBlock(Block):
         *,
         latent_size: int,
         basis_length: int | None = None,
+        style: BlockStyle = DEFAULT_STYLE,
     ) -> None:
         super().__init__(
             out_features,
@@ -117,13 +196,16 @@ class LinearBlock(Block):
             latent_length=latent_size,
             basis_length=basis_length,
         )
-        self.linear = nn.Linear(in_features, out_features, bias=False)
-        self.norm = nn.BatchNorm1d(out_features)
-        self.nonlinearity = nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True)
+        self.linear = nn.Linear(in_features, out_features, bias=style.has_bias)
+        self.norm = style.build_norm(out_features, is_linear=True)
+        self.nonlinearity = style.build_activation()
 
     def activation(self, x: Tensor) -> Tensor:
         h: Tensor = self.nonlinearity(self.norm(self.linear(x)))
         return h
+
+    def layers(self) -> list[Layer]:
+        return [Layer(self.linear, self.norm, self.nonlinearity)]
 
 
 class DepthwiseSeparableBlock(Block):
@@ -137,6 +219,7 @@ class DepthwiseSeparableBlock(Block):
         latent_size: s.
         stride: of the depthwise convolution (padding 1; the authors pad by the stride, a slip).
         basis_length: see :class:`Block`.
+        style: normalisation and activation.
 
     Source: Howard et al., "MobileNets", arXiv 1704.04861, figure 3.
     """
@@ -149,6 +232,7 @@ class DepthwiseSeparableBlock(Block):
         latent_size: int,
         stride: int = 1,
         basis_length: int | None = None,
+        style: BlockStyle = DEFAULT_STYLE,
     ) -> None:
         super().__init__(
             out_channels,
@@ -157,15 +241,27 @@ class DepthwiseSeparableBlock(Block):
             basis_length=basis_length,
         )
         self.depthwise = nn.Conv2d(
-            in_channels, in_channels, 3, stride=stride, padding=1, groups=in_channels, bias=False
+            in_channels,
+            in_channels,
+            3,
+            stride=stride,
+            padding=1,
+            groups=in_channels,
+            bias=style.has_bias,
         )
-        self.depthwise_norm = nn.BatchNorm2d(in_channels)
-        self.depthwise_nonlinearity = nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True)
-        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels)
-        self.nonlinearity = nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True)
+        self.depthwise_norm = style.build_norm(in_channels)
+        self.depthwise_nonlinearity = style.build_activation()
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=style.has_bias)
+        self.norm = style.build_norm(out_channels)
+        self.nonlinearity = style.build_activation()
 
     def activation(self, x: Tensor) -> Tensor:
         x = self.depthwise_nonlinearity(self.depthwise_norm(self.depthwise(x)))
         h: Tensor = self.nonlinearity(self.norm(self.pointwise(x)))
         return h
+
+    def layers(self) -> list[Layer]:
+        return [
+            Layer(self.depthwise, self.depthwise_norm, self.depthwise_nonlinearity),
+            Layer(self.pointwise, self.norm, self.nonlinearity),
+        ]

@@ -6,7 +6,14 @@ authors' code (arXiv 2405.15868, table 3).
 
 from __future__ import annotations
 
-from locallearn.models.blocks import Block, ConvBlock, DepthwiseSeparableBlock
+from locallearn.models.blocks import (
+    DEFAULT_STYLE,
+    Block,
+    BlockStyle,
+    ConvBlock,
+    DepthwiseSeparableBlock,
+    scaled,
+)
 from locallearn.models.network import BlockNetwork
 from locallearn.models.registry import register_model
 
@@ -31,19 +38,34 @@ _PLAN = [
     summary="a conv block and 13 depthwise-separable ones (64 to 1024)",
     min_image_size=32,
 )
-def mobilenet_v1(*, in_channels: int, num_classes: int, dropout: float = 0.0) -> BlockNetwork:
+def mobilenet_v1(
+    *,
+    in_channels: int,
+    num_classes: int,
+    dropout: float = 0.0,
+    width: float = 1.0,
+    style: BlockStyle = DEFAULT_STYLE,
+) -> BlockNetwork:
     """C32 stride 2 [8], 13 depthwise-separable blocks, global average pool, classifier."""
     blocks: list[Block] = [
-        ConvBlock(in_channels, 32, latent_size=8, stride=2, basis_length=_BASIS_LENGTH)
+        ConvBlock(
+            in_channels,
+            scaled(width, 32),
+            latent_size=8,
+            stride=2,
+            basis_length=_BASIS_LENGTH,
+            style=style,
+        )
     ]
     for out_channels, stride, latent_size in _PLAN:
         blocks.append(
             DepthwiseSeparableBlock(
                 blocks[-1].out_channels,
-                out_channels,
+                scaled(width, out_channels),
                 latent_size=latent_size,
                 stride=stride,
                 basis_length=_BASIS_LENGTH,
+                style=style,
             )
         )
     return BlockNetwork(blocks, pool_size=1, num_classes=num_classes, dropout=dropout)

@@ -7,12 +7,21 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from locallearn.errors import UserError
+from locallearn.models.blocks import DEFAULT_STYLE, BlockStyle
 from locallearn.models.network import BlockNetwork
 from locallearn.registry import Registry
 
 
 class ModelBuilder(Protocol):
-    def __call__(self, *, in_channels: int, num_classes: int, dropout: float) -> BlockNetwork: ...
+    def __call__(
+        self,
+        *,
+        in_channels: int,
+        num_classes: int,
+        dropout: float,
+        width: float,
+        style: BlockStyle,
+    ) -> BlockNetwork: ...
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,8 @@ def build_model(
     in_channels: int = 3,
     image_size: int | tuple[int, int] | None = None,
     dropout: float = 0.0,
+    width: float = 1.0,
+    style: BlockStyle = DEFAULT_STYLE,
 ) -> BlockNetwork:
     """A network by name, freshly initialised from torch's global generator.
 
@@ -75,6 +86,8 @@ def build_model(
         image_size: height and width (or both) of the images, pixels. The networks take any size
             from their smallest up and are built the same for all; giving it has it checked.
         dropout: probability, between blocks.
+        width: every block has so many times the channels (MobileNet's alpha).
+        style: normalisation and activation of the blocks.
 
     Raises:
         UserError: unknown name (lists the valid ones), a number out of range, or images too
@@ -87,13 +100,19 @@ def build_model(
     if not 0.0 <= dropout < 1.0:
         raise UserError(f"dropout must be in [0, 1), got {dropout}.")
     if image_size is not None:
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        side = min(height, width)
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+        side = min(sides)
         if side < spec.min_image_size:
             fitting = [n for n in list_models() if _MODELS.get(n).min_image_size <= side]
             advice = f"Models for this size: {', '.join(fitting)}." if fitting else ""
             raise UserError(
-                f"images of {height}x{width} pixels are too small for {name}, which needs at "
+                f"images of {sides[0]}x{sides[1]} pixels are too small for {name}, which needs at "
                 f"least {spec.min_image_size}x{spec.min_image_size}. {advice}".rstrip()
             )
-    return spec.build(in_channels=in_channels, num_classes=num_classes, dropout=dropout)
+    return spec.build(
+        in_channels=in_channels,
+        num_classes=num_classes,
+        dropout=dropout,
+        width=width,
+        style=style,
+    )

@@ -5,7 +5,9 @@ Source: LLS (arXiv 2405.15868), tables 1 and 2; sizes from the authors' code.
 
 from __future__ import annotations
 
-from locallearn.models.blocks import ConvBlock, LinearBlock
+from typing import Any
+
+from locallearn.models.blocks import DEFAULT_STYLE, BlockStyle, ConvBlock, LinearBlock, scaled
 from locallearn.models.network import BlockNetwork
 from locallearn.models.registry import register_model
 
@@ -13,30 +15,21 @@ from locallearn.models.registry import register_model
 @register_model(
     "smallconv", summary="3 conv blocks (32, 64, 128) and a linear one (512)", min_image_size=8
 )
-def smallconv(*, in_channels: int, num_classes: int, dropout: float = 0.0) -> BlockNetwork:
+def smallconv(**settings: Any) -> BlockNetwork:
     """C32 [4], MaxPool, C64 [2], MaxPool, C128 [2], pool 2x2, Linear 512 [512]."""
-    return _smallconv(
-        (32, 64, 128), 512, 512, in_channels=in_channels, num_classes=num_classes, dropout=dropout
-    )
+    return _smallconv((32, 64, 128), 512, 512, **settings)
 
 
 @register_model(
     "smallconv-l", summary="3 conv blocks (96, 192, 512) and a linear one (1024)", min_image_size=8
 )
-def smallconv_l(*, in_channels: int, num_classes: int, dropout: float = 0.0) -> BlockNetwork:
+def smallconv_l(**settings: Any) -> BlockNetwork:
     """C96 [4], MaxPool, C192 [2], MaxPool, C512 [2], pool 2x2, Linear 1024 [2048].
 
     The linear block's latent is longer than its 1024 features, as in the authors' code: each
     feature stands in it twice.
     """
-    return _smallconv(
-        (96, 192, 512),
-        1024,
-        2048,
-        in_channels=in_channels,
-        num_classes=num_classes,
-        dropout=dropout,
-    )
+    return _smallconv((96, 192, 512), 1024, 2048, **settings)
 
 
 def _smallconv(
@@ -46,17 +39,25 @@ def _smallconv(
     *,
     in_channels: int,
     num_classes: int,
-    dropout: float,
+    dropout: float = 0.0,
+    width: float = 1.0,
+    style: BlockStyle = DEFAULT_STYLE,
 ) -> BlockNetwork:
-    c1, c2, c3 = widths
+    c1, c2, c3 = (scaled(width, channels) for channels in widths)
+    linear = LinearBlock(
+        c3 * 4,
+        scaled(width, num_features),
+        latent_size=scaled(width, latent_size),
+        style=style,
+    )
     return BlockNetwork(
         [
-            ConvBlock(in_channels, c1, latent_size=4, max_pool=2),
-            ConvBlock(c1, c2, latent_size=2, max_pool=2),
-            ConvBlock(c2, c3, latent_size=2),
+            ConvBlock(in_channels, c1, latent_size=4, max_pool=2, style=style),
+            ConvBlock(c1, c2, latent_size=2, max_pool=2, style=style),
+            ConvBlock(c2, c3, latent_size=2, style=style),
         ],
         pool_size=2,
-        linear_blocks=[LinearBlock(c3 * 4, num_features, latent_size=latent_size)],
+        linear_blocks=[linear],
         num_classes=num_classes,
         dropout=dropout,
     )
