@@ -24,6 +24,8 @@ from locallearn.kernels.interface import (
 )
 from locallearn.kernels.latents import pool_latents, unpool_latents
 from locallearn.kernels.reference.local_head import (
+    label_similarity,
+    match_similarity,
     moment_gradients,
     moment_latents,
     project_latents,
@@ -42,7 +44,9 @@ __all__ = [
     "ScheduleFreeState",
     "choose_backend",
     "cxx_compiler",
+    "label_similarity",
     "load_kernels",
+    "match_similarity",
     "missing_for",
     "moment_gradients",
     "moment_latents",

@@ -186,6 +186,7 @@ class Kernels(Protocol):
         normalize: bool,
         temperature: float,
         label_smoothing: float = 0.0,
+        similarity: float = 0.0,
         needs_grad_projection: bool = False,
     ) -> HeadResult:
         """Latent, logits, loss, and every gradient that does not need z.
@@ -205,9 +206,14 @@ class Kernels(Protocol):
                 direction is undefined, and its learning signal is zero.
             temperature: divides the logits.
             label_smoothing: mass spread evenly over the classes, in [0, 1).
+            similarity: lambda; where above 0, lambda mean((S - Y)^2) is added to the loss, S and Y
+                (N, N) the cosine similarities of the latents and of the one-hot labels, of either
+                after the mean of each row is subtracted from it.
             needs_grad_projection: whether dL/dD is wanted.
 
-        Source: LLS (arXiv 2405.15868), for M equations 5 and 6; the moments are our own.
+        Source: LLS (arXiv 2405.15868), for M equations 5 and 6; Nokland and Eidnes, "Training
+        Neural Networks with Local Error Signals" (ICML 2019), equation 1, for the similarity; the
+        moments are our own.
         """
         ...
 

@@ -21,6 +21,7 @@ def _local_head(
     normalize: bool,
     temperature: float,
     label_smoothing: float,
+    similarity: float,
     needs_grad_projection: bool,
 ) -> HeadResult:
     return reference(
@@ -32,6 +33,7 @@ def _local_head(
         normalize=normalize,
         temperature=temperature,
         label_smoothing=label_smoothing,
+        similarity=similarity,
         needs_grad_projection=needs_grad_projection,
     )
 
@@ -47,6 +49,7 @@ def local_head(
     normalize: bool,
     temperature: float,
     label_smoothing: float = 0.0,
+    similarity: float = 0.0,
     needs_grad_projection: bool = False,
 ) -> HeadResult:
     if isinstance(projection, PeriodicBasis):
@@ -55,7 +58,7 @@ def local_head(
     # Tensors of our own, to be marked.
     gamma, beta, projection, labels = (t.detach() for t in (gamma, beta, projection, labels))
     open_batch(s0, s1, labels)
-    settings = (normalize, temperature, label_smoothing, needs_grad_projection)
+    settings = (normalize, temperature, label_smoothing, similarity, needs_grad_projection)
     shape: tuple[int, ...] = (*s0.shape[1:], *projection.shape)
     if s0.ndim == 4 and len(gamma) > 1:
         # Whatever the channels are: a head takes a second or two to compile.

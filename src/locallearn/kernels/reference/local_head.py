@@ -29,6 +29,57 @@ class Projected(NamedTuple):
     grad_projection: Tensor | None
 
 
+class Matched(NamedTuple):
+    """loss: mean((S - Y)^2), scalar; grad_latents: (N, T)."""
+
+    loss: Tensor
+    grad_latents: Tensor
+
+
+@torch.no_grad()
+def match_similarity(latents: Tensor, labels: Tensor, num_classes: int) -> Matched:
+    """How far the similarities of the latents are from those of the labels, and its gradient.
+
+        c = p - mean of p over its row        q = c / ||c||_2        S = q q^T
+        dL/dq = 4 / N^2 (S - Y) q,            Y: 1 within a class, -1 / (K - 1) between two
+
+    Arguments:
+        latents: p, (N, T). A row without variation has no direction, and no learning signal.
+        labels: (N,), int64 in 0..K-1.
+        num_classes: K.
+    """
+    n = len(latents)
+    centred = latents - latents.mean(dim=1, keepdim=True)
+    q, inverse_norm = _directions(centred)
+    difference = q @ q.T - label_similarity(labels, num_classes, q.dtype)
+    grad = _through_directions(difference @ q * (4 / n**2), q, inverse_norm)
+    return Matched(difference.square().mean(), grad - grad.mean(dim=1, keepdim=True))
+
+
+def label_similarity(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """Y, (N, N): cosine similarity of one-hot labels from which their mean over K is subtracted.
+
+    1 within a class, -1 / (K - 1) between two. A single class leaves nothing to compare: 0.
+    """
+    is_same = (labels[:, None] == labels).to(dtype)
+    if num_classes == 1:
+        return torch.zeros_like(is_same)
+    return (is_same * num_classes - 1) / (num_classes - 1)
+
+
+def _directions(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row at length one, and the inverse of its length (N, 1); zero where that is zero."""
+    norm = rows.norm(dim=1, keepdim=True)
+    inverse_norm = torch.where(norm > _NORM_EPS, 1 / norm, 0.0)
+    return rows * inverse_norm, inverse_norm
+
+
+def _through_directions(grad_q: Tensor, q: Tensor, inverse_norm: Tensor) -> Tensor:
+    """The gradient of the rows, from that of their directions."""
+    radial = (q * grad_q).sum(dim=1, keepdim=True)
+    return (grad_q - q * radial) * inverse_norm
+
+
 @torch.no_grad()
 def project_latents(
     latents: Tensor,
@@ -38,6 +89,7 @@ def project_latents(
     normalize: bool,
     temperature: float,
     label_smoothing: float = 0.0,
+    similarity: float = 0.0,
     needs_grad_projection: bool = False,
 ) -> Projected:
     """The part of the head behind the latent p, (N, T); arguments as in `Kernels.local_head`.
@@ -47,12 +99,7 @@ def project_latents(
     p = latents.to(projection.dtype)
     n = p.shape[0]
     num_classes = projection.shape[0]
-    if normalize:
-        norm = p.norm(dim=1, keepdim=True)
-        inverse_norm = torch.where(norm > _NORM_EPS, 1 / norm, 0.0)
-        q = p * inverse_norm
-    else:
-        q = p
+    q, inverse_norm = _directions(p) if normalize else (p, None)
     logits = (q @ projection.T) / temperature
     log_probabilities = logits.log_softmax(dim=1)
     loss = F.nll_loss(log_probabilities, labels)
@@ -64,9 +111,12 @@ def project_latents(
     error = (log_probabilities.exp() - target - label_smoothing / num_classes) / (n * temperature)
 
     grad_latents = error @ projection
-    if normalize:
-        radial = (q * grad_latents).sum(dim=1, keepdim=True)
-        grad_latents = (grad_latents - q * radial) * inverse_norm
+    if inverse_norm is not None:
+        grad_latents = _through_directions(grad_latents, q, inverse_norm)
+    if similarity:
+        matched = match_similarity(p, labels, num_classes)
+        loss = loss + similarity * matched.loss
+        grad_latents = grad_latents + similarity * matched.grad_latents
     grad_projection = error.T @ q if needs_grad_projection else None
     return Projected(loss, logits, grad_latents, grad_projection)
 
@@ -94,6 +144,7 @@ def local_head(
     normalize: bool,
     temperature: float,
     label_smoothing: float = 0.0,
+    similarity: float = 0.0,
     needs_grad_projection: bool = False,
 ) -> HeadResult:
     if isinstance(projection, PeriodicBasis):
@@ -109,6 +160,7 @@ def local_head(
         normalize=normalize,
         temperature=temperature,
         label_smoothing=label_smoothing,
+        similarity=similarity,
         needs_grad_projection=needs_grad_projection,
     )
     grad = projected.grad_latents

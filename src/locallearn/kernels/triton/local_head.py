@@ -2,7 +2,8 @@
 
 With few classes one program takes one sample from the moments to G, and makes the latent twice
 rather than keep it: <q, dL/dq> is <e, q D^T>, so that the logits are all it has to remember. With
-many, both products with D are matrix products and the library's.
+many, both products with D are matrix products and the library's. So are the products of the
+similarity term, which sees the whole batch at once.
 
 Shapes: N batch, C channels, T latent length, K classes, F features of a linear block.
 """
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from locallearn.kernels.interface import HeadResult, Moments, PeriodicBasis
+from locallearn.kernels.reference.local_head import match_similarity, moment_latents
 from locallearn.kernels.triton.basis import basis_tile, load_phases
 from locallearn.kernels.triton.common import (
     OPTIONS,
@@ -74,6 +76,7 @@ def local_head(
     normalize: bool,
     temperature: float,
     label_smoothing: float = 0.0,
+    similarity: float = 0.0,
     needs_grad_projection: bool = False,
 ) -> HeadResult:
     check_dtypes(*moments)
@@ -96,9 +99,16 @@ def local_head(
         float(label_smoothing),
         needs_grad_projection,
     )
+    matched = None
+    if similarity:
+        p = latents.s1 if is_pooled else moment_latents(moments, gamma, beta).flatten(1)
+        matched = match_similarity(p.float(), labels, num_classes)
+        grad = grad + similarity * matched.grad_latents.view(grad.shape)
     if is_pooled:
         grad = _unpool(grad, moments.s0)
     loss, num_correct, grad_gamma, grad_beta = _sum_up(moments, grad, losses, is_correct)
+    if matched is not None:
+        loss = loss + similarity * matched.loss
     grad_projection = None if error is None or q is None else _product(error.T, q)
     return HeadResult(loss, num_correct, logits, grad, grad_gamma, grad_beta, grad_projection)
 
