@@ -14,10 +14,11 @@ from locallearn import LocalLearner, UserError, build_model, build_rule, list_mo
 from locallearn.engine.measuring import peak_memory_bytes
 from locallearn.kernels import cxx_compiler
 from locallearn.models import Block, ConvBlock, LinearBlock
-from locallearn.rules import BASES, SETTINGS
+from locallearn.rules import BASES, SETTINGS, LatentRule, Requirement, rule_class
 
-LOCAL = [name for name in list_rules() if name != "bp"]
-LLS_FAMILY = [name for name in LOCAL if name.startswith("lls")]
+LOCAL = [name for name in list_rules() if rule_class(name).requires is Requirement.LOCAL]
+LATENT = [name for name in LOCAL if issubclass(rule_class(name), LatentRule)]
+LLS_FAMILY = [name for name in LATENT if name.startswith("lls")]
 
 
 @pytest.fixture(params=["autograd", "reference"])
@@ -82,11 +83,21 @@ def definition(
             elif rule.name.startswith("lls-mxm"):
                 local = local @ head.modulation
         local = local / rule.temperature
-        F.cross_entropy(local, labels, label_smoothing=rule.label_smoothing).backward(
-            inputs=[*block.parameters(), *head.parameters()]
-        )
+        loss = F.cross_entropy(local, labels, label_smoothing=rule.label_smoothing)
+        if rule.similarity:
+            onehot = F.one_hot(labels, local.shape[1]).to(p.dtype)
+            loss = loss + rule.similarity * F.mse_loss(similarities(p), similarities(onehot))
+        loss.backward(inputs=[*block.parameters(), *head.parameters()])
     found = {f"model.{n}": p.grad for n, p in copies.named_parameters()}
     return found | {f"heads.{n}": p.grad for n, p in heads.named_parameters()}
+
+
+def similarities(rows: Tensor) -> Tensor:
+    """Cosine similarity of each row with each, less its mean; zero for rows without variation."""
+    return (
+        F.normalize(rows - rows.mean(1, keepdim=True))
+        @ F.normalize(rows - rows.mean(1, keepdim=True)).T
+    )
 
 
 def assert_exact(model: nn.Module, rule, images: Tensor, labels: Tensor, backend: str) -> None:
@@ -102,6 +113,8 @@ def assert_exact(model: nn.Module, rule, images: Tensor, labels: Tensor, backend
 
 RULES = [(name, {"basis": b, "setting": s}) for name in LLS_FAMILY for b in BASES for s in SETTINGS]
 RULES += [("local-losses", {}), ("lls", {"label_smoothing": 0.2, "temperature": 2.0})]
+RULES += [("local-losses", {"similarity": 3.0}), ("lls-m", {"similarity": 3.0})]
+RULES += [(name, {"m_start": "identity"}) for name in ("lls-m", "lls-mxm")]
 
 
 @pytest.mark.parametrize(("name", "options"), RULES, ids=str)
@@ -115,7 +128,7 @@ def test_gradients_of_every_rule_match_float64_autograd(
 
 @pytest.mark.parametrize("name", list_models())
 def test_gradients_in_every_model_match_float64_autograd(name: str, backend: str) -> None:
-    model = build_model(name, num_classes=3, in_channels=1).double()
+    model = build_model(name, num_classes=3, in_channels=1, width=1 / 4).double()
     images, labels = batch(3, channels=1, size=33, classes=3)
     assert_exact(model, build_rule("lls-mxm"), images.double(), labels, backend)
 
@@ -151,7 +164,7 @@ def test_bp_is_plain_backpropagation() -> None:
 @pytest.mark.parametrize("name", list_models())
 def test_no_gradient_leaves_a_block(name: str, rule: str, backend: str) -> None:
     """What enters a block, and the images, receive no gradient; not a small one, none."""
-    model = build_model(name, num_classes=3)
+    model = build_model(name, num_classes=3, width=1 / 8)
     learner = LocalLearner(model, rule, optimizer=sgd, backend=backend)
     images, labels = batch(2, size=32, classes=3)
     images.requires_grad_()

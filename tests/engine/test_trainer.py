@@ -26,9 +26,9 @@ from locallearn.engine.files import write_atomically
 from locallearn.engine.run import RunDirectory, load_checkpoint, save_checkpoint
 from locallearn.kernels import cxx_compiler
 from locallearn.rules import (
+    HeadSpec,
     LatentHead,
     LatentRule,
-    LatentSpec,
     register_rule,
     unregister_rule,
 )
@@ -426,7 +426,7 @@ def test_a_rule_without_logits_trains(tmp_path: Path) -> None:
         summary = "a loss without logits"
         trains = "nothing"
 
-        def build_head(self, spec: LatentSpec) -> LatentHead:
+        def build_head(self, spec: HeadSpec) -> LatentHead:
             return SilentHead()
 
     class SilentHead(LatentHead):

@@ -15,9 +15,10 @@ from locallearn import LocalLearner, UserError, build_model, build_rule, list_ru
 from locallearn.rules import (
     BASES,
     SETTINGS,
+    HeadSpec,
+    Information,
     LatentHead,
     LatentRule,
-    LatentSpec,
     ProjectionHead,
     ProjectionRule,
     Requirement,
@@ -27,12 +28,13 @@ from locallearn.rules import (
     unregister_rule,
 )
 
-PERIODIC = ["lls", "lls-m", "lls-mxm", "lls-mxm-reduced"]
-SPEC = LatentSpec(latent_length=24, num_classes=7, dtype=torch.float64)
+PERIODIC = ["lls", "lls-m", "lls-mxm", "lls-mxm-reduced", "lls-s"]
+SPEC = HeadSpec(latent_length=24, num_classes=7, dtype=torch.float64)
 
 
 def test_what_is_registered() -> None:
-    assert list_rules() == sorted(["bp", *PERIODIC, "local-losses"])
+    others = ["bp", "dfa", "drtp", "local-losses", "pepita", "sdfa"]
+    assert list_rules() == sorted([*others, *PERIODIC])
     assert list_rules("lls*") == sorted(PERIODIC)
     for name in list_rules():
         cls = rule_class(name)
@@ -40,8 +42,15 @@ def test_what_is_registered() -> None:
         assert cls.summary
         assert cls.trains
         assert isinstance(cls.requires, Requirement)
-    assert rule_class("bp").requires is Requirement.END_TO_END
-    assert {rule_class(n).requires for n in list_rules() if n != "bp"} == {Requirement.LOCAL}
+        assert cls.learns_from <= set(Information)
+    waiting = {
+        "bp": Requirement.END_TO_END,
+        "dfa": Requirement.GLOBAL_ERROR,
+        "sdfa": Requirement.GLOBAL_ERROR,
+        "pepita": Requirement.TWO_FORWARDS,
+    }
+    for name in list_rules():
+        assert rule_class(name).requires is waiting.get(name, Requirement.LOCAL)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +63,31 @@ def test_what_is_registered() -> None:
         (lambda: build_rule("lls", temperature=0.0), r"temperature must be above 0, got 0.0"),
         (lambda: build_rule("lls", label_smoothing=1.0), r"label_smoothing must be in \[0, 1\)"),
         (lambda: build_rule("lls-mxm-reduced", num_waves=0), r"num_waves must be at least 1"),
+        (
+            lambda: build_rule("lls-mxm-reduced", m_start="identity"),
+            r"gives each class a wave of its own.* use lls-mxm",
+        ),
+        (lambda: build_rule("lls-m", m_start="eye"), r"unknown m_start 'eye'.* identity"),
+        (lambda: build_rule("lls", similarity=-1.0), r"similarity must be at least 0, got -1.0"),
+        (
+            lambda: build_rule("local-losses", local_loss="sims"),
+            r"unknown local_loss 'sims'. Did you mean 'sim'",
+        ),
+        (
+            lambda: build_rule("local-losses", local_loss="sim", similarity=1.0),
+            r"'sim' is a similarity match itself",
+        ),
+        (
+            lambda: build_rule("pepita", update_order="last"),
+            r"unknown update_order 'last'",
+        ),
+        (lambda: build_rule("pepita", feedback_scale=0.0), r"feedback_scale must be above 0"),
+        (
+            lambda: build_rule("bp", bp_memory="accumulate"),
+            r"unknown bp_memory 'accumulate'. Valid: plain, checkpoint, accumulate:N, fused",
+        ),
+        (lambda: build_rule("bp", bp_memory="accumulate:0"), r"unknown bp_memory 'accumulate:0'"),
+        (lambda: build_rule("bp", bp_memory="accumulate:N"), r"unknown bp_memory 'accumulate:N'"),
     ],
 )
 def test_errors_say_what_is_valid(call, message: str) -> None:
@@ -120,7 +154,7 @@ def test_projection_backward_matches_autograd(name: str) -> None:
     grad = torch.randn(7, 24, dtype=torch.float64)
     parameters = list(head.parameters())
     if not parameters:
-        assert name == "lls"
+        assert name in ("lls", "lls-s")
         return
     expected = torch.autograd.grad(head.projection(), parameters, grad)
     head.projection_backward(grad)
@@ -139,22 +173,23 @@ def test_signal_matches_autograd_of_the_formulas(name: str, basis: str, setting:
     y = torch.randint(7, (6,))
     q = p / p.norm(dim=1, keepdim=True) if basis != "random" else p
     correlation = q @ head.basis.T
-    if name == "lls":
+    if name in ("lls", "lls-s"):
         logits = correlation
     elif name == "lls-m":
         logits = head.modulation * correlation
     else:
         logits = correlation @ head.modulation
     loss = F.cross_entropy(logits / 0.5, y)
+    if name == "lls-s":
+        s, t = (F.normalize(r - r.mean(1, keepdim=True)) for r in (p, F.one_hot(y, 7).double()))
+        loss = loss + 10 * F.mse_loss(s @ s.T, t @ t.T)
     parameters = list(head.parameters())
     expected = torch.autograd.grad(loss, [p, *parameters])
 
     signal = head.signal(p.detach(), y)
     torch.testing.assert_close(signal.loss, loss.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(signal.logits, logits.detach() / 0.5, rtol=1e-11, atol=1e-13)
-    for actual, e in zip(
-        [signal.grad_latents, *(x.grad for x in parameters)], expected, strict=True
-    ):
+    for actual, e in zip([signal.grad, *(x.grad for x in parameters)], expected, strict=True):
         assert (actual - e).norm() <= 1e-9 * e.norm()
 
 
@@ -174,12 +209,12 @@ class Anchors(ProjectionRule):
     summary: ClassVar[str] = "cosine similarity with a trained prototype for each class"
     trains: ClassVar[str] = "K x T numbers for each block"
 
-    def build_head(self, spec: LatentSpec) -> LatentHead:
+    def build_head(self, spec: HeadSpec) -> LatentHead:
         return AnchorsHead(spec, self)
 
 
 class AnchorsHead(ProjectionHead):
-    def __init__(self, spec: LatentSpec, rule: Anchors) -> None:
+    def __init__(self, spec: HeadSpec, rule: Anchors) -> None:
         super().__init__(normalize=True, temperature=rule.temperature, label_smoothing=0.0)
         self.anchors = nn.Parameter(torch.randn(spec.num_classes, spec.latent_length))
 
@@ -195,7 +230,7 @@ class Margin(LatentRule):
     summary: ClassVar[str] = "hinge loss of the latent's first K values"
     trains: ClassVar[str] = "nothing besides the network"
 
-    def build_head(self, spec: LatentSpec) -> LatentHead:
+    def build_head(self, spec: HeadSpec) -> LatentHead:
         return MarginHead(spec.num_classes)
 
 

@@ -29,8 +29,8 @@ from locallearn.kernels.compiled.cells import FEW_CHANNELS
 from locallearn.models import Block, BlockNetwork, ConvBlock, DepthwiseSeparableBlock, LinearBlock
 from locallearn.rules import (
     BasisHead,
+    HeadSpec,
     LatentRule,
-    LatentSpec,
     MatrixModulatedHead,
     Rule,
     VectorModulatedHead,
@@ -158,7 +158,7 @@ class _HeadMacs:
 
 def _head_macs(rule: LatentRule, block: BlockShapes, num_classes: int) -> _HeadMacs:
     t, k = block.latent_length, num_classes
-    head = rule.build_head(LatentSpec(t, k, block.basis_length))
+    head = rule.build_head(HeadSpec(t, k, block.basis_length))
     num_params = sum(p.numel() for p in head.parameters() if p.requires_grad)
     if isinstance(head, MatrixModulatedHead):
         rows = head.modulation.shape[0]

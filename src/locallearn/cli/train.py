@@ -62,6 +62,19 @@ def train(
     dropout: Annotated[
         float, _option("Dropout between blocks, probability. Default: 0.", _MODEL)
     ] = 0.0,
+    width: Annotated[
+        float, _option("Every block has so many times the channels. Default: 1.", _MODEL)
+    ] = 1.0,
+    activation: Annotated[
+        str | None,
+        _option(
+            "leaky-relu, relu or tanh. Default: the rule's (drtp tanh, the others leaky-relu).",
+            _MODEL,
+        ),
+    ] = None,
+    norm: Annotated[
+        str, _option("Of the blocks: batch, or none. Default: batch.", _MODEL)
+    ] = "batch",
     rule: Annotated[
         str, _option("Learning rule; `locallearn list rules`. Default: lls.", _RULE)
     ] = "lls",
@@ -81,6 +94,42 @@ def train(
     label_smoothing: Annotated[
         float | None, _option("In [0, 1), of every cross-entropy. Default: 0.", _RULE)
     ] = None,
+    similarity: Annotated[
+        float | None,
+        _option("Weight of the latents' similarity match. Default: 10 for lls-s, else 0.", _RULE),
+    ] = None,
+    m_start: Annotated[
+        str | None,
+        _option(
+            "lls-m, lls-mxm: M starts official (small, random) or identity. Default: official.",
+            _RULE,
+        ),
+    ] = None,
+    local_loss: Annotated[
+        str | None, _option("local-losses: pred, sim or predsim. Default: pred.", _RULE)
+    ] = None,
+    head_after_pool: Annotated[
+        bool,
+        _option("Whether a block's head reads after its max-pool. Default: before.", _RULE),
+    ] = False,
+    group_blocks: Annotated[
+        int, _option("So many blocks at a time learn together. Default: 1.", _RULE)
+    ] = 1,
+    update_order: Annotated[
+        str | None,
+        _option(
+            "pepita: update layerwise in the second forward, or at its end. Default: layerwise.",
+            _RULE,
+        ),
+    ] = None,
+    feedback_scale: Annotated[
+        float | None,
+        _option("pepita: scale of the error that is added to the input. Default: 0.05.", _RULE),
+    ] = None,
+    bp_memory: Annotated[
+        str | None,
+        _option("bp: plain, checkpoint, accumulate:N or fused-optimizer. Default: plain.", _RULE),
+    ] = None,
     epochs: Annotated[
         int | None,
         _option(
@@ -92,18 +141,18 @@ def train(
         int, _option("Images at a time in testing. Default: 128.", _OPTIM)
     ] = 128,
     optimizer: Annotated[
-        str,
+        str | None,
         _option(
             "schedulefree-adamw, schedulefree-sgd, adamw, adam or sgd. "
-            "Default: schedulefree-adamw.",
+            "Default: schedulefree-adamw (pepita: sgd).",
             _OPTIM,
         ),
-    ] = "schedulefree-adamw",
+    ] = None,
     lr: Annotated[
         float | None,
         _option(
             "Learning rate. Default: the optimizer's (0.005 schedulefree-adamw, 1 "
-            "schedulefree-sgd, 0.001 adamw and adam, 0.05 sgd).",
+            "schedulefree-sgd, 0.001 adamw and adam, 0.05 sgd; pepita 0.01).",
             _OPTIM,
         ),
     ] = None,

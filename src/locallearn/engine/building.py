@@ -73,6 +73,8 @@ def build_learner(
         in_channels=inputs.num_channels,
         image_size=inputs.image_size,
         dropout=settings.dropout,
+        width=settings.width,
+        style=settings.block_style(),
     )
     return LocalLearner(
         model.to(device),
@@ -81,6 +83,8 @@ def build_learner(
         optimizer=settings.optimizer,
         lr=settings.lr,
         weight_decay=settings.weight_decay,
+        group_blocks=settings.group_blocks,
+        head_after_pool=settings.head_after_pool,
         precision=settings.precision,
         channels_last=settings.channels_last,
         backend="autograd" if device is None else settings.backend,
@@ -112,6 +116,8 @@ def choose_run_backend(settings: TrainConfig, dataset: Dataset) -> tuple[str, st
             num_classes=dataset.num_classes,
             in_channels=dataset.inputs.num_channels,
             image_size=dataset.inputs.image_size,
+            width=settings.width,
+            style=settings.block_style(),
         )
         image = torch.empty(1, dataset.inputs.num_channels, *dataset.inputs.image_size)
         num_blocks, num_values = count_normalized(model, image)

@@ -12,17 +12,29 @@ import torch
 
 from locallearn.data import AUGMENTATIONS, dataset_spec
 from locallearn.engine.learner import PRECISIONS
-from locallearn.engine.optimizers import check_schedule, optimizer_spec
+from locallearn.engine.optimizers import check_schedule, optimizer_spec, usual_optimizer
 from locallearn.errors import UserError, unknown_name
 from locallearn.kernels import choose_backend, missing_for
-from locallearn.models import model_spec
+from locallearn.models import BlockStyle, model_spec
 from locallearn.rules import Rule, build_rule
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _MAX_THREADS = 1024
 
 # Options of rules that have flags of their own on the command line.
-_RULE_OPTIONS = ("basis", "setting", "temperature", "label_smoothing", "num_waves")
+_RULE_OPTIONS = (
+    "basis",
+    "setting",
+    "temperature",
+    "label_smoothing",
+    "num_waves",
+    "m_start",
+    "similarity",
+    "local_loss",
+    "update_order",
+    "feedback_scale",
+    "bp_memory",
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +54,22 @@ class TrainConfig:
     temperature: float | None = None
     label_smoothing: float | None = None
     num_waves: int | None = None
+    m_start: str | None = None
+    similarity: float | None = None
+    local_loss: str | None = None
+    update_order: str | None = None
+    feedback_scale: float | None = None
+    bp_memory: str | None = None
+    activation: str | None = None
+    norm: str = "batch"
+    width: float = 1.0
+    group_blocks: int = 1
+    head_after_pool: bool = False
     epochs: int | None = None
     batch_size: int = 128
     test_batch_size: int = 128
     lr: float | None = None
-    optimizer: str = "schedulefree-adamw"
+    optimizer: str | None = None
     weight_decay: float = 0.0
     schedule: str = "none"
     augment: str | None = None
@@ -73,13 +96,19 @@ class TrainConfig:
         model_spec(self.model)
         dataset_spec(self.dataset)
         rule = self.build_rule()
-        spec = optimizer_spec(self.optimizer)
-        check_schedule(self.schedule, self.optimizer)
+        self.block_style()
+        if not 0 < self.width < math.inf:
+            raise UserError(f"--width must be above 0, got {self.width}.")
+        optimizer, lr = usual_optimizer(rule)
+        if self.optimizer is not None:
+            optimizer, lr = self.optimizer, optimizer_spec(self.optimizer).default_lr
+        check_schedule(self.schedule, optimizer)
         if self.augment is not None and self.augment not in AUGMENTATIONS:
             raise unknown_name("augmentation", self.augment, AUGMENTATIONS)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
-        for name, low in (("epochs", 1), ("batch_size", 2), ("test_batch_size", 1)):
+        lowest = {"epochs": 1, "batch_size": 2, "test_batch_size": 1, "group_blocks": 1}
+        for name, low in lowest.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 why = " (BatchNorm needs two images)" if name == "batch_size" and value == 1 else ""
@@ -104,13 +133,20 @@ class TrainConfig:
         return dataclasses.replace(
             self,
             **filled,
+            activation=self.activation or rule.activation,
             data_dir=self.data_dir and str(Path(self.data_dir).expanduser().absolute()),
             epochs=self.epochs or paper_epochs(self.model, self.dataset),
-            lr=spec.default_lr if self.lr is None else self.lr,
+            optimizer=optimizer,
+            lr=lr if self.lr is None else self.lr,
             augment=self.augment or paper_augmentation(self.model, self.dataset),
             device=device,
             num_threads=self.num_threads or torch.get_num_threads(),
         )
+
+    def block_style(self) -> BlockStyle:
+        """Of the network's blocks: as given, or as the rule's paper has them."""
+        rule = self.build_rule()
+        return BlockStyle(self.activation or rule.activation, self.norm)
 
     def build_rule(self) -> Rule:
         """The rule with those of its options that are given."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.errors import UserError
-from locallearn.models import Block
+from locallearn.models import Block, LinearBlock
+from locallearn.rules import Backprop, HeadSpec, Rule
 
 # Local heads see a block's output pooled to at most this many values (as in the authors' code).
 _MAX_LATENT_LENGTH = 2048
@@ -89,6 +90,61 @@ def count_normalized(model: nn.Module, example_input: Tensor) -> tuple[int, int]
     with torch.no_grad():
         model.eval()(example_input)
     return len(blocks), sum(counts)
+
+
+def find_checkpointed(model: nn.Module, names: Sequence[str] | None, rule: Rule) -> list[nn.Module]:
+    """The blocks that bp runs again in its backward; none unless it is to checkpoint."""
+    if not isinstance(rule, Backprop) or rule.bp_memory != "checkpoint":
+        return []
+    return list(find_blocks(model, names).values())
+
+
+def grouped(
+    blocks: Sequence[tuple[str, nn.Module]], size: int
+) -> list[Sequence[tuple[str, nn.Module]]]:
+    """So many blocks at a time; the last group may have fewer."""
+    if size < 1:
+        raise UserError(f"group_blocks must be at least 1, got {size}.")
+    return [blocks[first : first + size] for first in range(0, len(blocks), size)]
+
+
+def head_spec(
+    name: str,
+    block: nn.Module,
+    num_classes: int,
+    dtype: torch.dtype,
+    shape: torch.Size | None,
+) -> HeadSpec:
+    """What a block's head must fit.
+
+    Arguments:
+        name: of the block.
+        block: the module.
+        num_classes: K.
+        dtype: of the head.
+        shape: of the output; needed of a block that is not the package's own.
+    """
+    if isinstance(block, Block):
+        return HeadSpec(
+            block.latent_length,
+            num_classes,
+            block.basis_length,
+            dtype,
+            latent_size=block.latent_size,
+            num_channels=block.out_channels,
+            is_linear=isinstance(block, LinearBlock),
+        )
+    assert shape is not None
+    latent_size, latent_length = latent_shape(name, shape)
+    return HeadSpec(
+        latent_length,
+        num_classes,
+        None,
+        dtype,
+        latent_size=latent_size,
+        num_channels=shape[1],
+        is_linear=len(shape) == 2,
+    )
 
 
 def latent_shape(name: str, shape: torch.Size) -> tuple[int, int]:

@@ -30,7 +30,7 @@ def can_be_graphed(learner: LocalLearner) -> bool:
     optimizers = learner.optimizers.values()
     on_cuda = all(p.device.type == "cuda" for p in learner.parameters())
     countless = all(isinstance(o, ScheduleFreeAdamW) for o in optimizers)
-    return on_cuda and countless and not learner.holds_batches
+    return on_cuda and countless and learner.can_be_graphed and not learner.holds_batches
 
 
 @dataclass

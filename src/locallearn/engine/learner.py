@@ -1,13 +1,14 @@
-"""LocalLearner: makes a model learn locally without rewriting its forward.
+"""LocalLearner: makes a model learn by a rule without rewriting its forward.
 
 Shapes: N batch, K classes, T latent length.
 
-During a step the learner stands in for each block's ``forward``: it detaches what comes in, runs
-the block, asks the rule for the learning signal of the block's own output, updates the block at
-once, frees its gradients, and passes the detached output on. So a gradient cannot cross a block's
-boundary, whatever the model's own ``forward`` does between the blocks, and nothing of a block
-outlives it but its output. What lies in no block (the classifier) learns from the cross-entropy
-of the logits. Outside a step the model is an ordinary module.
+During a step of a local rule the learner stands in for each block's ``forward``: it detaches what
+comes in, runs the block, asks the rule for the learning signal of the block's own output, updates
+the block at once, frees its gradients, and passes the detached output on. So a gradient cannot
+cross a block's boundary, whatever the model's own ``forward`` does between the blocks, and nothing
+of a block outlives it but its output. What lies in no block (the classifier) learns from the
+cross-entropy of the logits. Rules that need more (the output's error, a second forward, the whole
+network) have other steps: see `procedures`. Outside a step the model is an ordinary module.
 """
 
 from __future__ import annotations
@@ -15,29 +16,51 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from locallearn.engine.finding import find_blocks, latent_shape, output_shapes
+from locallearn.engine.finding import (
+    find_blocks,
+    find_checkpointed,
+    grouped,
+    head_spec,
+    output_shapes,
+)
 from locallearn.engine.optimizers import (
     OptimizerFactory,
     ScheduleFreeAdamW,
     optimizer_factory,
     set_mode,
 )
-from locallearn.engine.units import BlockUnit, UnitSignal, build_unit
+from locallearn.engine.procedures import (
+    ErrorUnit,
+    ErrorUpdates,
+    LocalUpdates,
+    ModulatedUnit,
+    OutputLayer,
+    Procedure,
+    TwoForwards,
+    build_backpropagation,
+)
+from locallearn.engine.units import BlockUnit, build_unit
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend, missing_for
 from locallearn.models import Block
-from locallearn.rules import LatentRule, LatentSpec, Requirement, Rule, build_rule
+from locallearn.rules import (
+    Backprop,
+    ErrorRule,
+    LocalRule,
+    Pepita,
+    Requirement,
+    Rule,
+    build_rule,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +79,7 @@ class StepResult:
         logits: of the whole network, (N, K), detached.
         loss: cross-entropy of the logits, scalar, detached.
         block_losses: block name -> its local loss, scalar, in the order of the forward. Empty for
-            a rule without local losses (bp).
+            a rule without local losses (bp, dfa, drtp, pepita).
         block_logits: block name -> its local logits, (N, K); only blocks whose rule has logits.
         block_num_correct: block name -> how many of these are highest at the label, scalar, int64.
     """
@@ -77,13 +100,18 @@ class LocalLearner(nn.Module):
         rule: a name (see ``list_rules()``) or a rule made by ``build_rule``.
         num_classes: K; the model's own ``num_classes`` where None.
         optimizer: a name, or a function from a list of parameters to an optimizer. Called once
-            for each block and once for what lies in no block.
+            for each block and once for what lies in no block. By default the rule's usual one,
+            schedulefree-adamw; pepita's is sgd.
         lr: learning rate; the named optimizer's usual one where None.
         weight_decay: of the named optimizer.
         blocks: names of the blocks (as in ``model.named_modules()``); by default every
             :class:`locallearn.models.Block` of the model.
         example_input: an input batch, from which the output shapes of blocks that are not the
             package's own are read; needed for those alone.
+        group_blocks: so many blocks at a time learn together from the head of the last of them,
+            with backpropagation between them.
+        head_after_pool: a block's head reads what the block hands on, after its max-pool, and not
+            the activation before. Takes the generic path where there is a max-pool.
         precision: "fp32", or "bf16": forward and backward under autocast, float32 weights,
             statistics and heads.
         channels_last: keep 4-d weights and inputs in channels-last memory format, the faster one
@@ -115,11 +143,13 @@ class LocalLearner(nn.Module):
         rule: str | Rule = "lls",
         *,
         num_classes: int | None = None,
-        optimizer: str | OptimizerFactory = "schedulefree-adamw",
+        optimizer: str | OptimizerFactory | None = None,
         lr: float | None = None,
         weight_decay: float = 0.0,
         blocks: Sequence[str] | None = None,
         example_input: Tensor | None = None,
+        group_blocks: int = 1,
+        head_after_pool: bool = False,
         precision: str = "fp32",
         channels_last: bool = True,
         backend: str = "auto",
@@ -164,26 +194,50 @@ class LocalLearner(nn.Module):
                 reference.device
             )
 
-        self._has_stepped = False
         # What the first inference after training re-estimates BatchNorm's statistics on.
         self._recent: deque[Tensor] = deque(maxlen=recalibration_batches)
         self._is_stale = False
         self.heads = nn.ModuleList()
         self._units: list[BlockUnit] = []
-        self._forward: Callable[[Tensor], Tensor] = model.__call__
-        make_optimizer = optimizer_factory(optimizer, lr=lr, weight_decay=weight_decay)
-        if self.rule.requires is Requirement.LOCAL:
-            self._build_units(blocks, example_input, make_optimizer, compile)
-        elif self.rule.requires is Requirement.END_TO_END:
-            if compile:
-                self._forward = torch.compile(model.forward)
+        make_optimizer = optimizer_factory(
+            optimizer, lr=lr, weight_decay=weight_decay, rule=self.rule
+        )
+        if self.rule.requires is Requirement.END_TO_END:
+            checkpointed = find_checkpointed(model, blocks, self.rule)
+            self._check_not_blockwise(group_blocks, head_after_pool)
         else:
-            raise UserError(f"rule {self.rule.name!r} needs {self.rule.requires}: not supported.")
-
-        in_blocks = {id(p) for unit in self._units for p in unit.block.parameters()}
-        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in in_blocks]
-        self._rest_ids = {id(p) for p in rest}
-        self._rest_optimizer = make_optimizer(rest) if rest else None
+            self._build_units(
+                find_blocks(model, blocks),
+                example_input,
+                make_optimizer,
+                group_blocks=group_blocks,
+                compile_block=compile,
+                head_after_pool=head_after_pool,
+            )
+        in_blocks = {id(p) for unit in self._units for m in unit.modules for p in m.parameters()}
+        rest = {
+            name: p
+            for name, p in model.named_parameters()
+            if p.requires_grad and id(p) not in in_blocks
+        }
+        self._rest_optimizers: dict[str, Optimizer] = {}
+        if isinstance(self.rule, Backprop) and self.rule.bp_memory == "fused-optimizer":
+            self._rest_optimizers = {name: make_optimizer([p]) for name, p in rest.items()}
+        elif rest:
+            self._rest_optimizers = {"": make_optimizer(list(rest.values()))}
+        output_layer = OutputLayer(
+            rest,
+            self._rest_optimizers.get(""),
+            label_smoothing=self.rule.label_smoothing,
+            is_behind_blocks=bool(self._units),
+        )
+        if self.rule.requires is Requirement.END_TO_END:
+            assert isinstance(self.rule, Backprop)
+            self._procedure: Procedure = build_backpropagation(
+                self.rule, model, checkpointed, output_layer, self._rest_optimizers, compile
+            )
+        else:
+            self._procedure = self._build_procedure(output_layer)
         self._has_two_points = any(hasattr(o, "eval") for o in self.optimizers.values())
         self._use_backend(self.backend)
         self.train()
@@ -192,21 +246,37 @@ class LocalLearner(nn.Module):
 
     @property
     def block_names(self) -> list[str]:
-        """Names of the blocks that learn locally, in the order of ``named_modules``."""
+        """Names of the blocks, in the order of ``named_modules``; of a group, the last one's."""
         return [unit.name for unit in self._units]
 
     @property
+    def block_modules(self) -> dict[str, tuple[nn.Module, ...]]:
+        """Block name -> the modules that learn together under it: one, or a group."""
+        return {unit.name: unit.modules for unit in self._units}
+
+    @property
+    def loss_names(self) -> list[str]:
+        """Those of them that have a local loss; none of bp, dfa, drtp and pepita has."""
+        return [unit.name for unit in self._units if unit.has_loss]
+
+    @property
+    def can_be_graphed(self) -> bool:
+        """Whether a step launches the same each time, with no number read on the host."""
+        return self._procedure.can_be_graphed
+
+    @property
     def block_paths(self) -> dict[str, str]:
-        """Block name -> "closed form" or "generic": how its updates are computed."""
+        """Block name -> "closed form" or "generic" (autograd): how its updates are computed."""
         return {unit.name: unit.path for unit in self._units}
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
-        """Block name -> its optimizer; "" -> that of what lies in no block."""
+        """Block name -> its optimizer; "" -> that of what lies in no block.
+
+        With bp's fused-optimizer, parameter name -> its optimizer.
+        """
         table = {unit.name: unit.optimizer for unit in self._units if unit.optimizer is not None}
-        if self._rest_optimizer is not None:
-            table[""] = self._rest_optimizer
-        return table
+        return table | self._rest_optimizers
 
     @property
     def holds_batches(self) -> bool:
@@ -220,40 +290,87 @@ class LocalLearner(nn.Module):
 
     def _build_units(
         self,
-        names: Sequence[str] | None,
+        blocks: dict[str, nn.Module],
         example_input: Tensor | None,
         make_optimizer: OptimizerFactory,
-        compile_blocks: bool,
+        *,
+        group_blocks: int,
+        head_after_pool: bool,
+        compile_block: bool,
     ) -> None:
-        assert isinstance(self.rule, LatentRule)
-        blocks = find_blocks(self.model, names)
+        """A unit for each block, or for each ``group_blocks`` of them, named after the last."""
+        rule = self.rule
+        if rule.requires is Requirement.TWO_FORWARDS:
+            self._check_not_blockwise(group_blocks, head_after_pool)
         foreign = {name: block for name, block in blocks.items() if not isinstance(block, Block)}
+        if not isinstance(rule, LocalRule | ErrorRule):
+            foreign = {}  # without heads
         shapes = output_shapes(self.model, foreign, example_input) if foreign else {}
-        for name, block in blocks.items():
-            parameters = list(block.parameters())
+        for group in grouped(list(blocks.items()), group_blocks):
+            name, block = group[-1]
+            leaders = [leader for _, leader in group[:-1]]
+            parameters = [p for _, member in group for p in member.parameters()]
             reference = parameters[0] if parameters else torch.empty(0)
-            if isinstance(block, Block):
-                latent_size, latent_length = block.latent_size, block.latent_length
-                basis_length = block.basis_length
-            else:
-                latent_size, latent_length = latent_shape(name, shapes[name])
-                basis_length = None
             dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
-            spec = LatentSpec(latent_length, self.num_classes, basis_length, dtype)
-            head = self.rule.build_head(spec).to(reference.device)
+            common: dict[str, Any] = {"name": name, "block": block}
+            if not isinstance(rule, LocalRule | ErrorRule):
+                optimizer = self._optimizer_of(parameters, make_optimizer)
+                self._units.append(ModulatedUnit(optimizer=optimizer, **common))
+                continue
+            spec = head_spec(name, block, self.num_classes, dtype, shapes.get(name))
+            head = rule.build_head(spec).to(reference.device)
             self.heads.append(head)
-            trained = [p for p in [*parameters, *head.parameters()] if p.requires_grad]
-            self._units.append(
-                build_unit(
-                    compile_block=compile_blocks,
-                    side_stream=self._side_stream,
-                    name=name,
-                    block=block,
-                    head=head,
-                    latent_size=latent_size,
-                    optimizer=make_optimizer(trained) if trained else None,
+            common |= {
+                "head": head,
+                "latent_size": spec.latent_size,
+                "optimizer": self._optimizer_of([*parameters, *head.parameters()], make_optimizer),
+                "leaders": leaders,
+                "compile_block": compile_block,
+                "head_after_pool": head_after_pool,
+            }
+            if isinstance(rule, ErrorRule):
+                self._units.append(ErrorUnit(**common))
+            else:
+                self._units.append(build_unit(side_stream=self._side_stream, **common))
+
+    @staticmethod
+    def _optimizer_of(
+        parameters: Sequence[nn.Parameter], make_optimizer: OptimizerFactory
+    ) -> Optimizer | None:
+        trained = [p for p in parameters if p.requires_grad]
+        return make_optimizer(trained) if trained else None
+
+    def _check_not_blockwise(self, group_blocks: int, head_after_pool: bool) -> None:
+        """These settings are of blocks' heads, which bp and pepita do not have."""
+        for argument, is_given in (
+            ("group_blocks", group_blocks != 1),
+            ("head_after_pool", head_after_pool),
+        ):
+            if is_given:
+                raise UserError(
+                    f"{argument} says what a block's head reads; rule {self.rule.name!r} has no "
+                    f"such heads. Leave it out."
                 )
+
+    def _build_procedure(self, output_layer: OutputLayer) -> Procedure:
+        model, units, rule = self.model, self._units, self.rule
+        if isinstance(rule, LocalRule):
+            return LocalUpdates(model, units, output_layer, self._side_stream)
+        if isinstance(rule, ErrorRule):
+            waiting = [unit for unit in units if isinstance(unit, ErrorUnit)]
+            return ErrorUpdates(model, waiting, output_layer)
+        if not isinstance(rule, Pepita):
+            raise UserError(
+                f"rule {rule.name!r} needs {rule.requires}, but is neither a LocalRule nor an "
+                f"ErrorRule, Pepita or Backprop: the engine does not know how to run it."
             )
+        modulator = rule.build_modulator(self.num_classes)
+        modulator.to(next(model.parameters()).device)
+        self.heads.append(modulator)
+        modulated = [unit for unit in units if isinstance(unit, ModulatedUnit)]
+        return TwoForwards(
+            model, modulated, output_layer, modulator, update_order=rule.update_order
+        )
 
     def _use_backend(self, backend: str) -> None:
         self.backend = backend
@@ -408,84 +525,22 @@ class LocalLearner(nn.Module):
         return self._step(images, labels)
 
     def _step(self, images: Tensor, labels: Tensor) -> StepResult:
-        signals: dict[str, UnitSignal] = {}
-        with (
-            torch.enable_grad(),
-            self._autocast(images.device.type),
-            _standing_in(self._units, labels, signals),
-        ):
-            logits = self._forward(images)
-        if self._side_stream is not None:
-            torch.cuda.current_stream().wait_stream(self._side_stream)
-        with torch.enable_grad():
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.rule.label_smoothing)
-            if self._rest_optimizer is not None and loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
-                if self._units and not self._has_stepped:
-                    self._warn_of_the_unreached()
-                self._rest_optimizer.step()
-                self._rest_optimizer.zero_grad(set_to_none=True)
-        self._has_stepped = True
+        with torch.enable_grad(), self._autocast(images.device.type):
+            logits, loss, signals = self._procedure(images, labels)
         self._consider_compiling()
         self._recent.append(images.detach())
         self._is_stale = self._has_two_points
         return StepResult(
-            logits=logits.detach(),
-            loss=loss.detach(),
-            block_losses={name: signal.loss for name, signal in signals.items()},
+            logits=logits,
+            loss=loss,
+            block_losses={n: s.loss for n, s in signals.items() if s.loss is not None},
             block_logits={n: s.logits for n, s in signals.items() if s.logits is not None},
             block_num_correct={
                 n: s.num_correct for n, s in signals.items() if s.num_correct is not None
             },
         )
 
-    def _warn_of_the_unreached(self) -> None:
-        named = self.model.named_parameters()
-        unreached = [name for name, p in named if id(p) in self._rest_ids and p.grad is None]
-        if unreached:
-            warnings.warn(
-                f"no block holds {', '.join(unreached)}, and the output's gradient does not reach "
-                f"across the blocks behind: they will not train. Name a block that holds them.",
-                stacklevel=3,
-            )
-
     def _arrange(self, images: Tensor) -> Tensor:
         if self.channels_last and images.ndim == 4:
             return images.contiguous(memory_format=torch.channels_last)
         return images
-
-
-@contextlib.contextmanager
-def _standing_in(
-    units: Sequence[BlockUnit],
-    labels: Tensor,
-    signals: dict[str, UnitSignal],
-) -> Iterator[None]:
-    """Within: a block's ``forward`` is its unit's step; what its head says goes to ``signals``."""
-
-    def stand_in(unit: BlockUnit) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if unit.name in signals:
-                raise UserError(
-                    f"block {unit.name!r} runs twice in one forward; a block is updated as soon "
-                    f"as it has run, so it must run once."
-                )
-            output, signals[unit.name] = unit.step(labels, *args, **kwargs)
-            return output
-
-        return forward
-
-    # Through __dict__: an instance attribute hides the class's forward, and nn.Module's own
-    # __setattr__ would cost more than it does for us. What another library put there comes back.
-    before = [unit.block.__dict__.get("forward") for unit in units]
-    try:
-        for unit in units:
-            unit.block.__dict__["forward"] = stand_in(unit)
-        yield
-    finally:
-        for unit, forward in zip(units, before, strict=True):
-            if forward is None:
-                unit.block.__dict__.pop("forward", None)
-            else:
-                unit.block.__dict__["forward"] = forward

@@ -162,6 +162,7 @@ def _calls(
             gradient, x, weight, *geometry, [False, True, False]
         )
 
+    assert isinstance(block.norm, nn.BatchNorm1d | nn.BatchNorm2d)
     gamma, beta = block.norm.weight.detach(), block.norm.bias.detach()
     mean, var = torch.zeros_like(gamma), torch.ones_like(gamma)
     slope: dict[str, Any] = {"negative_slope": block.nonlinearity.negative_slope}

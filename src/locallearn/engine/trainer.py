@@ -176,6 +176,7 @@ class Trainer:
             for name, optimizer in self.learner.optimizers.items()
             if (schedule := build_schedule(settings.schedule, optimizer, self.num_epochs))
         }
+        assert settings.optimizer is not None
         self._recalibrates = optimizer_spec(settings.optimizer).is_schedule_free
         self.train_loader = training_loader(settings, dataset, self.device)
         if self.train_loader.num_images < 2:
@@ -325,7 +326,7 @@ class Trainer:
         return self._finish_run()
 
     def _train_epoch(self) -> None:
-        names = self.learner.block_names
+        names = self.learner.loss_names
         began = time.perf_counter() - self.train_seconds
         interval = 1 if self.device.type == "cpu" else _CHECK_INTERVAL
         for crops, labels in self.train_loader.crops(self.epoch, start=self.step):
@@ -396,7 +397,7 @@ class Trainer:
             "images_per_second": self.sums.num_images / self.train_seconds,
             "step_time_ms": 1000 * self.train_seconds / len(self.train_loader),
         }
-        for column, name in enumerate(self.learner.block_names, start=1):
+        for column, name in enumerate(self.learner.loss_names, start=1):
             row[f"{name}_loss"] = losses[column]
             if self.sums.has_logits:
                 row[f"{name}_acc"] = accuracies[column]
@@ -468,7 +469,7 @@ class Trainer:
     # -- parts ----------------------------------------------------------------------------------
 
     def _new_sums(self) -> _EpochSums:
-        return _EpochSums(1 + len(self.learner.block_names), self.device)
+        return _EpochSums(1 + len(self.learner.loss_names), self.device)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -497,7 +498,7 @@ class Trainer:
         if bool(torch.isfinite(losses).all()):
             return
         row, column = torch.nonzero(~torch.isfinite(losses))[0].tolist()
-        names = ["the output", *(f"block {name}" for name in self.learner.block_names)]
+        names = ["the output", *(f"block {name}" for name in self.learner.loss_names)]
         # A block's loss is the cause of those after it, so the first block is named, and the
         # output (column 0) only where no block is to blame.
         bad = torch.nonzero(~torch.isfinite(losses[row, 1:]))

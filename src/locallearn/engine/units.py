@@ -12,7 +12,7 @@ head receives the pooled output.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,15 +33,15 @@ from locallearn.kernels import (
     unpool_latents,
 )
 from locallearn.models import Block, ConvBlock, DepthwiseSeparableBlock, LinearBlock
-from locallearn.rules import LatentHead, ProjectionHead, accumulate_grad
+from locallearn.rules import LatentHead, LocalHead, ProjectionHead, accumulate_grad
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class UnitSignal(NamedTuple):
-    """What a block's head says of a batch: loss; logits and how many are right, or None."""
+    """What a block's head says of a batch: loss, logits, how many are right; each may be None."""
 
-    loss: Tensor
+    loss: Tensor | None
     logits: Tensor | None
     num_correct: Tensor | None
 
@@ -68,9 +68,10 @@ class BlockUnit:
     Arguments:
         name: of the block in the model.
         block: the module.
-        head: the rule's, for this block.
+        head: the rule's, for this block; None where it has none.
         latent_size: s, or T for a block whose output is (N, F).
         optimizer: of the block's and the head's parameters; None where all are frozen.
+        leaders: blocks that run before this one and learn with it, as one.
 
     Attributes:
         backend: whose kernels compute; the learner sets it.
@@ -85,20 +86,32 @@ class BlockUnit:
         """ "closed form" or "generic"."""
         return "generic"
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether the head has a local loss."""
+        return not isinstance(self.head, LocalHead) or self.head.has_loss
+
     def __init__(
         self,
         *,
         name: str,
         block: nn.Module,
-        head: LatentHead,
+        head: nn.Module | None,
         latent_size: int,
         optimizer: Optimizer | None,
+        leaders: Sequence[nn.Module] = (),
     ) -> None:
         self.name = name
         self.block = block
         self.head = head
         self.latent_size = latent_size
         self.optimizer = optimizer
+        self.leaders = tuple(leaders)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All that learns here."""
+        return (*self.leaders, self.block)
 
     @property
     def kernels(self) -> Kernels:
@@ -109,6 +122,10 @@ class BlockUnit:
         """Forward and update."""
         raise NotImplementedError
 
+    def leading_forwards(self) -> dict[nn.Module, Callable[..., Any]]:
+        """Leader -> what stands in for its forward."""
+        return {}
+
     def _update(self) -> None:
         if self.optimizer is not None:
             self.optimizer.step()
@@ -118,48 +135,88 @@ class BlockUnit:
 class GenericUnit(BlockUnit):
     """Autograd inside the block; nothing of it is left afterwards.
 
+    With leaders, the graph begins at the input of the first of them.
+
     Arguments:
         compile_block: run the block's forward and backward through torch.compile.
+        head_after_pool: the head reads what the block hands on, after its max-pool.
     """
 
-    def __init__(self, *, compile_block: bool = False, **settings: Any) -> None:
+    def __init__(
+        self, *, compile_block: bool = False, head_after_pool: bool = False, **settings: Any
+    ) -> None:
         super().__init__(**settings)
-        # Bound here, while the block's own forward is in place.
-        if isinstance(self.block, Block):
+        # Bound here, while the blocks' own forwards are in place.
+        if isinstance(self.block, Block) and not head_after_pool:
             self._activation: Callable[..., Any] = self.block.activation
             self._downsample: Callable[[Tensor], Tensor] | None = self.block.downsample
         else:
             self._activation = self.block.forward
             self._downsample = None
+        self._leading: list[Callable[..., Any]] = [leader.forward for leader in self.leaders]
         if compile_block:
             self._activation = torch.compile(self._activation)
+            self._leading = [torch.compile(forward) for forward in self._leading]
+
+    def leading_forwards(self) -> dict[nn.Module, Callable[..., Any]]:
+        return {
+            leader: _detaching(forward) if number == 0 else forward
+            for number, (leader, forward) in enumerate(
+                zip(self.leaders, self._leading, strict=True)
+            )
+        }
 
     def step(self, labels: Tensor, *args: Any, **kwargs: Any) -> UnitResult:
-        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        activation = self._activation(*args, **kwargs)
+        activation = self.run(*args, **kwargs)
+        hidden = activation.detach()
+        with torch.autocast(hidden.device.type, enabled=False):
+            signal, grad = self._signal_of(hidden, labels)
+            if activation.requires_grad:
+                activation.backward(grad)  # type: ignore[no-untyped-call]
+            del activation, grad
+            self._update()
+        return UnitResult(self.hand_on(hidden), signal)
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the head reads, with its graph, which ends at the block's (or group's) input."""
+        forward = self._activation if self.leaders else _detaching(self._activation)
+        activation = forward(*args, **kwargs)
         if not isinstance(activation, Tensor):
             raise UserError(
                 f"block {self.name!r} returns {type(activation).__name__}; a block's output must "
                 f"be one tensor."
             )
-        hidden = activation.detach()
-        self.num_elements = hidden.numel()
-        with torch.autocast(hidden.device.type, enabled=False):
-            latents = pool_latents(hidden, self.latent_size)
-            if latents.dtype in _LOW_PRECISION:
-                latents = latents.float()
-            loss, logits, grad_latents = self.head.signal(latents, labels)
-            signal = UnitSignal(loss, logits, _num_correct(logits, labels))
-            if activation.requires_grad:
-                activation.backward(  # type: ignore[no-untyped-call]
-                    unpool_latents(grad_latents, hidden, self.latent_size)
-                )
-            del activation
-            self._update()
+        self.num_elements = activation.numel()
+        return activation
+
+    def hand_on(self, hidden: Tensor) -> Tensor:
+        """The block's output, of what the head reads."""
         if self._downsample is None:
-            return UnitResult(hidden, signal)
+            return hidden
         with torch.no_grad():
-            return UnitResult(self._downsample(hidden), signal)
+            return self._downsample(hidden)
+
+    def _signal_of(self, hidden: Tensor, labels: Tensor) -> tuple[UnitSignal, Tensor]:
+        """What the head says, and dL/dh in h's dtype."""
+        assert isinstance(self.head, LocalHead)
+        is_latent = isinstance(self.head, LatentHead)
+        seen = pool_latents(hidden, self.latent_size) if is_latent else hidden
+        if seen.dtype in _LOW_PRECISION:
+            seen = seen.float()
+        loss, logits, grad = self.head.signal(seen, labels)
+        if is_latent:
+            grad = unpool_latents(grad, hidden, self.latent_size)
+        return UnitSignal(loss, logits, _num_correct(logits, labels)), grad.to(hidden.dtype)
+
+
+def _detaching(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same forward, of inputs that no graph leads out of."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        return forward(*args, **kwargs)
+
+    return run
 
 
 class _Normalized:
@@ -201,6 +258,7 @@ class ClosedFormUnit(GenericUnit):
         super().__init__(**settings)
         assert isinstance(self.block, ConvBlock | LinearBlock | DepthwiseSeparableBlock)
         block = self.block
+        assert isinstance(block.norm, _NORMS)
         self._normalized = _Normalized(block.norm, block.nonlinearity)
         self._norms = [m for m in block.children() if isinstance(m, _NORMS)]
         self._max_pool: int = getattr(block.pool, "kernel_size", 1)
@@ -270,6 +328,7 @@ class ClosedFormUnit(GenericUnit):
                 normalize=head.normalize,
                 temperature=head.temperature,
                 label_smoothing=head.label_smoothing,
+                similarity=head.similarity,
                 needs_grad_projection=head.is_trained,
             )
             if result.grad_projection is not None:
@@ -280,6 +339,7 @@ class ClosedFormUnit(GenericUnit):
                 result.grad_gamma,
                 result.grad_beta,
             )
+        assert isinstance(head, LatentHead)
         unpooled = moment_latents(moments, gamma, beta)
         is_linear = unpooled.ndim == 2
         latents = pool_latents(unpooled, self.latent_size) if is_linear else unpooled.flatten(1)
@@ -324,6 +384,7 @@ class DepthwiseSeparableUnit(ClosedFormUnit):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         assert isinstance(self.block, DepthwiseSeparableBlock)
+        assert isinstance(self.block.depthwise_norm, _NORMS)
         self._inner = _Normalized(self.block.depthwise_norm, self.block.depthwise_nonlinearity)
 
     def _closed_form(self, labels: Tensor, x: Tensor) -> UnitResult:
@@ -511,11 +572,15 @@ def _is_usual_pool(part: nn.Module) -> bool:
     )
 
 
-def build_unit(*, side_stream: torch.cuda.Stream | None, **settings: Any) -> BlockUnit:
-    """The unit that fits a block; ``settings`` are those of :class:`GenericUnit`."""
+def build_unit(
+    *, side_stream: torch.cuda.Stream | None, head_after_pool: bool, **settings: Any
+) -> BlockUnit:
+    """The unit that fits a block and its head; ``settings`` are those of :class:`GenericUnit`."""
     block = settings["block"]
-    if not has_closed_form(block):
-        return GenericUnit(**settings)
+    fits = has_closed_form(block) and isinstance(settings["head"], LatentHead)
+    is_pooled_first = head_after_pool and not isinstance(getattr(block, "pool", None), nn.Identity)
+    if not fits or is_pooled_first or settings["leaders"]:
+        return GenericUnit(head_after_pool=head_after_pool, **settings)
     if isinstance(block, DepthwiseSeparableBlock):
         return DepthwiseSeparableUnit(side_stream=side_stream, **settings)
     return ClosedFormUnit(side_stream=side_stream, **settings)

@@ -80,6 +80,7 @@ def _from_checkpoint(path: Path) -> Trained:
     learner = build_learner(config.settings, config.inputs, len(config.class_names))
     try:
         learner.load_training_state(state["learner"])
+        assert config.settings.optimizer is not None
         is_stale = state["step"] > 0 and optimizer_spec(config.settings.optimizer).is_schedule_free
         num_epochs = state["epoch"]
     except (KeyError, RuntimeError, ValueError) as error:

@@ -1,10 +1,15 @@
 """What a block's learning signal is. A rule knows no optimizer, no device and no file."""
 
-from locallearn.rules.backprop import Backprop
+from locallearn.rules.backprop import BP_MEMORY, Backprop
 from locallearn.rules.base import (
+    ErrorHead,
+    ErrorRule,
+    HeadSpec,
+    Information,
     LatentHead,
     LatentRule,
-    LatentSpec,
+    LocalHead,
+    LocalRule,
     LocalSignal,
     ProjectionHead,
     ProjectionRule,
@@ -18,36 +23,56 @@ from locallearn.rules.base import (
     unregister_rule,
 )
 from locallearn.rules.bases import BASES, SETTINGS, build_basis
+from locallearn.rules.feedback import DFA, DRTP, Feedback, SignDFA
 from locallearn.rules.lls import (
     LLS,
     LLSM,
+    LLSS,
+    M_STARTS,
     BasisHead,
     LLSMxM,
     LLSMxMReduced,
     MatrixModulatedHead,
     VectorModulatedHead,
 )
-from locallearn.rules.local_losses import LocalLosses
+from locallearn.rules.local_losses import LOCAL_LOSSES, LocalLosses
+from locallearn.rules.pepita import UPDATE_ORDERS, Modulator, Pepita
 
 __all__ = [
     "BASES",
+    "BP_MEMORY",
+    "DFA",
+    "DRTP",
     "LLS",
     "LLSM",
+    "LLSS",
+    "LOCAL_LOSSES",
+    "M_STARTS",
     "SETTINGS",
+    "UPDATE_ORDERS",
     "Backprop",
     "BasisHead",
+    "ErrorHead",
+    "ErrorRule",
+    "Feedback",
+    "HeadSpec",
+    "Information",
     "LLSMxM",
     "LLSMxMReduced",
     "LatentHead",
     "LatentRule",
-    "LatentSpec",
+    "LocalHead",
     "LocalLosses",
+    "LocalRule",
     "LocalSignal",
     "MatrixModulatedHead",
+    "Modulator",
+    "Pepita",
     "ProjectionHead",
     "ProjectionRule",
     "Requirement",
     "Rule",
+    "SignDFA",
     "VectorModulatedHead",
     "accumulate_grad",
     "build_basis",

@@ -1,11 +1,16 @@
-"""What a rule is, and the two kinds that most rules are.
+"""What a rule is, and the kinds that there are.
 
 Shapes: N batch, T latent length, K classes.
 
-A **latent rule** sees a block's output only through its pooled latent p (N, T): it writes a
-loss of (p, y), with autograd on that small tensor, and everything large stays with the engine.
-A **projection rule** is a latent rule whose logits are p projected on a matrix D (K, T): it
-supplies D, and the head's loss and gradients come in closed form (`kernels.project_latents`).
+A **local rule** gives each block a head, which makes a learning signal of the block's own output
+and the label. Of these, a **latent rule** sees the output only through its pooled latent p (N, T):
+it writes a loss of (p, y), with autograd on that small tensor, and everything large stays with the
+engine. A **projection rule** is a latent rule whose logits are p projected on a matrix D (K, T): it
+supplies D, and the head's loss and gradients come in closed form (`kernels.project_latents`). A
+local rule that is no latent rule reads the whole output.
+
+An **error rule** gives each block a head that makes its learning signal of the error at the
+network's output. What does not fit (`bp`, `pepita`) the engine knows by what it requires.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from locallearn.registry import Registry
 
 
 class Requirement(enum.StrEnum):
-    """What a rule needs from outside a block before that block can be updated."""
+    """What has to run before a block can be updated."""
 
     LOCAL = "local"  # nothing: the block's own output and the label
     GLOBAL_ERROR = "global error"  # the error at the network's output
@@ -34,8 +39,17 @@ class Requirement(enum.StrEnum):
     END_TO_END = "end to end"  # gradients through every later block
 
 
+class Information(enum.StrEnum):
+    """What can reach a block's update. `engine.audit` measures it by perturbation."""
+
+    OWN_OUTPUT = "own output"
+    LABEL = "label"
+    OUTPUT_ERROR = "output error"  # of the network, at its logits
+    LATER_WEIGHTS = "later weights"  # beyond what the output error tells of them
+
+
 @dataclass(frozen=True)
-class LatentSpec:
+class HeadSpec:
     """What a head must fit.
 
     Arguments:
@@ -44,34 +58,48 @@ class LatentSpec:
         basis_length: length of a random basis before it is pooled to T (the authors'
             ``hidden_dim``); T where None.
         dtype: of the head's parameters and bases: the block's own, float32 or float64.
+        latent_size: s, or T of a block whose output is (N, F).
+        num_channels: C or F of the block's output; None where a latent is all that is known.
+        is_linear: whether the output is (N, F).
     """
 
     latent_length: int
     num_classes: int
     basis_length: int | None = None
     dtype: torch.dtype = torch.float32
+    latent_size: int = 1
+    num_channels: int | None = None
+    is_linear: bool = False
 
 
 class LocalSignal(NamedTuple):
     """What a head says of one batch.
 
-    loss: scalar, mean over the batch; logits: (N, K), or None where the rule has none;
-    grad_latents: dL/dp, (N, T).
+    loss: scalar, mean over the batch, and logits: (N, K); None where the rule has none. grad: of
+    the loss with respect to what the head was given, in its shape.
     """
 
-    loss: Tensor
+    loss: Tensor | None
     logits: Tensor | None
-    grad_latents: Tensor
+    grad: Tensor
 
 
-class LatentHead(nn.Module):
-    """The part of a latent rule that belongs to one block. Subclasses write :meth:`loss`."""
+class LocalHead(nn.Module):
+    """The part of a local rule that belongs to one block, and reads its whole output.
 
-    def loss(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The local loss as a differentiable function of the latents.
+    Subclasses write :meth:`loss`, or :meth:`signal` itself where there is no loss to write.
+
+    Attributes:
+        has_loss: whether there is one.
+    """
+
+    has_loss: bool = True
+
+    def loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The local loss as a differentiable function of the block's output.
 
         Arguments:
-            latents: p, (N, T), float32 or float64, requiring grad.
+            features: h, (N, C, H, W) or (N, F), float32 or float64, requiring grad.
             labels: (N,), int64.
 
         Returns:
@@ -79,19 +107,39 @@ class LatentHead(nn.Module):
         """
         raise NotImplementedError
 
-    def signal(self, latents: Tensor, labels: Tensor) -> LocalSignal:
-        """Loss, logits and dL/dp; the head's own parameters receive their gradients.
+    def signal(self, features: Tensor, labels: Tensor) -> LocalSignal:
+        """Loss, logits and dL/dh; the head's own parameters receive their gradients.
 
         Arguments:
-            latents: p, (N, T), detached from the block.
+            features: h, detached from the block.
             labels: (N,), int64.
         """
         with torch.enable_grad():
-            p = latents.detach().requires_grad_()
-            loss, logits = self.loss(p, labels)
+            h = features.detach().requires_grad_()
+            loss, logits = self.loss(h, labels)
             loss.backward()  # type: ignore[no-untyped-call]
-        assert p.grad is not None, "the local loss does not depend on the latents"
-        return LocalSignal(loss.detach(), None if logits is None else logits.detach(), p.grad)
+        assert h.grad is not None, "the local loss does not depend on what the head was given"
+        return LocalSignal(loss.detach(), None if logits is None else logits.detach(), h.grad)
+
+
+class LatentHead(LocalHead):
+    """The part of a latent rule that belongs to one block.
+
+    As :class:`LocalHead`, but ``features`` are the pooled latents p, (N, T).
+    """
+
+
+class ErrorHead(nn.Module):
+    """The part of an error rule that belongs to one block. Subclasses write :meth:`signal`."""
+
+    def signal(self, features: Tensor, error: Tensor) -> Tensor:
+        """dL/dh, shaped like the block's output.
+
+        Arguments:
+            features: h, (N, C, H, W) or (N, F), detached from the block.
+            error: dL/dlogits of the network's cross-entropy, (N, K), float32 or float64.
+        """
+        raise NotImplementedError
 
 
 class ProjectionHead(LatentHead):
@@ -101,13 +149,22 @@ class ProjectionHead(LatentHead):
         normalize: whether the latent is scaled to length one first.
         temperature: divides the logits.
         label_smoothing: in [0, 1).
+        similarity: weight of the similarity term (see `kernels.match_similarity`); 0 for none.
     """
 
-    def __init__(self, *, normalize: bool, temperature: float, label_smoothing: float) -> None:
+    def __init__(
+        self,
+        *,
+        normalize: bool,
+        temperature: float,
+        label_smoothing: float,
+        similarity: float = 0.0,
+    ) -> None:
         super().__init__()
         self.normalize = normalize
         self.temperature = temperature
         self.label_smoothing = label_smoothing
+        self.similarity = similarity
 
     @property
     def is_trained(self) -> bool:
@@ -132,16 +189,17 @@ class ProjectionHead(LatentHead):
         with torch.enable_grad():
             self.projection().backward(grad_projection)  # type: ignore[no-untyped-call]
 
-    def signal(self, latents: Tensor, labels: Tensor) -> LocalSignal:
+    def signal(self, features: Tensor, labels: Tensor) -> LocalSignal:
         with torch.no_grad():
             projection = self.projection()
         result = project_latents(
-            latents,
+            features,
             projection,
             labels,
             normalize=self.normalize,
             temperature=self.temperature,
             label_smoothing=self.label_smoothing,
+            similarity=self.similarity,
             needs_grad_projection=self.is_trained,
         )
         if result.grad_projection is not None:
@@ -162,13 +220,18 @@ class Rule:
         name: in the registry and on the command line.
         summary: one line: what it is.
         trains: one line: what is trained besides the network itself.
-        requires: what it needs from outside a block.
+        requires: what has to run before a block can be updated.
+        learns_from: what reaches a block's update.
+        activation: of the blocks that its paper uses, which a network has unless told otherwise
+            (see `models.BlockStyle`).
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     trains: ClassVar[str]
     requires: ClassVar[Requirement]
+    learns_from: ClassVar[frozenset[Information]]
+    activation: ClassVar[str] = "leaky-relu"
 
     label_smoothing: float = 0.0
 
@@ -182,13 +245,36 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentRule(Rule):
-    """A rule that sees each block through its pooled latents. Subclasses write `build_head`."""
+class LocalRule(Rule):
+    """A rule that sees each block's own output and the label. Subclasses write `build_head`."""
 
     requires: ClassVar[Requirement] = Requirement.LOCAL
+    learns_from: ClassVar[frozenset[Information]] = frozenset(
+        {Information.OWN_OUTPUT, Information.LABEL}
+    )
 
-    def build_head(self, spec: LatentSpec) -> LatentHead:
+    def build_head(self, spec: HeadSpec) -> LocalHead:
         """One block's head, on the CPU; its floating tensors in ``spec.dtype``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentRule(LocalRule):
+    """A local rule that sees the output through its pooled latents: heads are `LatentHead`s."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorRule(Rule):
+    """A rule that hands each block the error at the network's output. Subclasses write
+    `build_head`."""
+
+    requires: ClassVar[Requirement] = Requirement.GLOBAL_ERROR
+    learns_from: ClassVar[frozenset[Information]] = frozenset(
+        {Information.OWN_OUTPUT, Information.LABEL, Information.OUTPUT_ERROR}
+    )
+
+    def build_head(self, spec: HeadSpec) -> ErrorHead:
+        """One block's head, on the CPU."""
         raise NotImplementedError
 
 
@@ -198,14 +284,19 @@ class ProjectionRule(LatentRule):
 
     Arguments:
         temperature: divides the logits (the authors' 0.5).
+        similarity: weight lambda of the similarity term, lambda mean((S - Y)^2) with S and Y the
+            cosine similarities of the latents and of the one-hot labels; 0 for none.
     """
 
     temperature: float = 0.5
+    similarity: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 < self.temperature < math.inf:
             raise UserError(f"temperature must be above 0, got {self.temperature}.")
+        if not 0.0 <= self.similarity < math.inf:
+            raise UserError(f"similarity must be at least 0, got {self.similarity}.")
 
 
 _RULES: Registry[type[Rule]] = Registry("rule")

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from locallearn.errors import UserError
+from locallearn.errors import UserError, unknown_name
 from locallearn.rules.base import (
-    LatentSpec,
+    HeadSpec,
     ProjectionHead,
     ProjectionRule,
     accumulate_grad,
@@ -25,6 +25,7 @@ from locallearn.rules.base import (
 from locallearn.rules.bases import build_basis, check_basis
 
 _MODULATION_SCALE = 0.01  # M starts at 0.01 * N(0, 1), as in the authors' code
+M_STARTS = ("official", "identity")
 
 
 class BasisHead(ProjectionHead):
@@ -48,13 +49,11 @@ class BasisHead(ProjectionHead):
 
 
 class VectorModulatedHead(BasisHead):
-    """D = M[:, None] * B with M (K,): LLS-M, equation 5."""
+    """D = M[:, None] * B with M (K,): LLS-M, equation 5. M starts as given."""
 
-    def __init__(self, basis: Tensor, **settings: Any) -> None:
+    def __init__(self, basis: Tensor, modulation: Tensor, **settings: Any) -> None:
         super().__init__(basis, **settings)
-        self.modulation = nn.Parameter(
-            _MODULATION_SCALE * torch.randn(len(basis), dtype=basis.dtype)
-        )
+        self.modulation = nn.Parameter(modulation)
 
     def projection(self) -> Tensor:
         return self.modulation[:, None] * self.basis
@@ -64,13 +63,11 @@ class VectorModulatedHead(BasisHead):
 
 
 class MatrixModulatedHead(BasisHead):
-    """D = M^T B with M (R, K), R = K unless reduced: LLS-MxM, equation 6."""
+    """D = M^T B with M (R, K), R = K unless reduced: LLS-MxM, equation 6. M starts as given."""
 
-    def __init__(self, basis: Tensor, num_classes: int, **settings: Any) -> None:
+    def __init__(self, basis: Tensor, modulation: Tensor, **settings: Any) -> None:
         super().__init__(basis, **settings)
-        self.modulation = nn.Parameter(
-            _MODULATION_SCALE * torch.randn(len(basis), num_classes, dtype=basis.dtype)
-        )
+        self.modulation = nn.Parameter(modulation)
 
     def projection(self) -> Tensor:
         return self.modulation.T @ self.basis
@@ -98,7 +95,7 @@ class BasisRule(ProjectionRule):
         super().__post_init__()
         check_basis(self.basis, self.setting)
 
-    def build_rows(self, num_rows: int, spec: LatentSpec) -> Tensor:
+    def build_rows(self, num_rows: int, spec: HeadSpec) -> Tensor:
         """B with that many rows, (num_rows, T)."""
         return build_basis(
             self.basis,
@@ -117,7 +114,30 @@ class BasisRule(ProjectionRule):
             "normalize": is_periodic if self.normalize is None else self.normalize,
             "temperature": self.temperature,
             "label_smoothing": self.label_smoothing,
+            "similarity": self.similarity,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModulatedRule(BasisRule):
+    """Settings that the variants with a trained M share.
+
+    Arguments:
+        m_start: "official" (0.01 * N(0, 1), the authors' code) or "identity", at which D = B.
+    """
+
+    m_start: str = "official"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.m_start not in M_STARTS:
+            raise unknown_name("m_start", self.m_start, M_STARTS)
+
+    def start(self, identity: Tensor) -> Tensor:
+        """M as it starts, in the shape and type of the identity."""
+        if self.m_start == "identity":
+            return identity
+        return _MODULATION_SCALE * torch.randn(identity.shape, dtype=identity.dtype)
 
 
 @register_rule
@@ -129,40 +149,57 @@ class LLS(BasisRule):
     summary: ClassVar[str] = "latents projected on one fixed wave for each class (LLS)"
     trains: ClassVar[str] = "nothing besides the network"
 
-    def build_head(self, spec: LatentSpec) -> BasisHead:
+    def build_head(self, spec: HeadSpec) -> BasisHead:
         return BasisHead(self.build_rows(spec.num_classes, spec), **self.head_settings())
 
 
 @register_rule
 @dataclass(frozen=True, kw_only=True)
-class LLSM(BasisRule):
+class LLSS(LLS):
+    """LLS with similarity matching on the same latents: our own extension, nothing more to train.
+
+    Images of one class are drawn together in the whole latent, and not only along their wave.
+    """
+
+    name: ClassVar[str] = "lls-s"
+    summary: ClassVar[str] = "LLS with similarity matching on the same latents (ours)"
+
+    similarity: float = 10.0
+
+
+@register_rule
+@dataclass(frozen=True, kw_only=True)
+class LLSM(ModulatedRule):
     """LLS with a trained amplitude M_c for each class's wave (equation 5)."""
 
     name: ClassVar[str] = "lls-m"
     summary: ClassVar[str] = "LLS with a trained amplitude for each class's wave (LLS-M)"
     trains: ClassVar[str] = "M, K numbers for each block"
 
-    def build_head(self, spec: LatentSpec) -> VectorModulatedHead:
-        return VectorModulatedHead(self.build_rows(spec.num_classes, spec), **self.head_settings())
+    def build_head(self, spec: HeadSpec) -> VectorModulatedHead:
+        rows = self.build_rows(spec.num_classes, spec)
+        identity = torch.ones(spec.num_classes, dtype=spec.dtype)
+        return VectorModulatedHead(rows, self.start(identity), **self.head_settings())
 
 
 @register_rule
 @dataclass(frozen=True, kw_only=True)
-class LLSMxM(BasisRule):
+class LLSMxM(ModulatedRule):
     """LLS with logits mixed by a trained K x K matrix M (equation 6)."""
 
     name: ClassVar[str] = "lls-mxm"
     summary: ClassVar[str] = "LLS with trained mixtures of the waves (LLS-MxM)"
     trains: ClassVar[str] = "M, K x K numbers for each block"
 
-    def build_head(self, spec: LatentSpec) -> MatrixModulatedHead:
+    def build_head(self, spec: HeadSpec) -> MatrixModulatedHead:
         rows = self.build_rows(spec.num_classes, spec)
-        return MatrixModulatedHead(rows, spec.num_classes, **self.head_settings())
+        identity = torch.eye(spec.num_classes, dtype=spec.dtype)
+        return MatrixModulatedHead(rows, self.start(identity), **self.head_settings())
 
 
 @register_rule
 @dataclass(frozen=True, kw_only=True)
-class LLSMxMReduced(BasisRule):
+class LLSMxMReduced(ModulatedRule):
     """LLS-MxM over R waves, however many classes there are.
 
     Arguments:
@@ -179,7 +216,13 @@ class LLSMxMReduced(BasisRule):
         super().__post_init__()
         if self.num_waves < 1:
             raise UserError(f"num_waves must be at least 1, got {self.num_waves}.")
+        if self.m_start == "identity":
+            raise UserError(
+                "m_start 'identity' gives each class a wave of its own, which lls-mxm-reduced does "
+                "not have; use lls-mxm, or m_start 'official'."
+            )
 
-    def build_head(self, spec: LatentSpec) -> MatrixModulatedHead:
+    def build_head(self, spec: HeadSpec) -> MatrixModulatedHead:
         rows = self.build_rows(self.num_waves, spec)
-        return MatrixModulatedHead(rows, spec.num_classes, **self.head_settings())
+        identity = torch.eye(self.num_waves, spec.num_classes, dtype=spec.dtype)
+        return MatrixModulatedHead(rows, self.start(identity), **self.head_settings())

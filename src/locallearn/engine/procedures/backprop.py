@@ -1,0 +1,193 @@
+"""Backpropagation of the output's cross-entropy, and its forms that need less memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from locallearn.engine.procedures.base import (
+    Outcome,
+    OutputLayer,
+    not_below_float32,
+    standing_in,
+    without_running_statistics,
+)
+from locallearn.errors import UserError
+from locallearn.rules import Backprop
+
+
+class Backpropagation:
+    """The gradient of the whole network, in one or several batches.
+
+    Arguments:
+        forward: of the model.
+        output_layer: here, of all parameters.
+        num_batches: into how many a batch is cut, one after the other, before the update. Fewer
+            where one of them would have a single image, of which BatchNorm has no variance.
+    """
+
+    can_be_graphed = True
+
+    def __init__(
+        self, forward: Callable[[Tensor], Tensor], output_layer: OutputLayer, num_batches: int = 1
+    ) -> None:
+        self._forward = forward
+        self._output_layer = output_layer
+        self._num_batches = num_batches
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Outcome:
+        num_batches = min(self._num_batches, max(1, len(images) // 2))
+        if num_batches > 1:
+            return self._accumulate(images, labels, num_batches)
+        logits = not_below_float32(self._forward(images))
+        with torch.autocast(images.device.type, enabled=False):
+            loss = self._output_layer.loss(logits, labels)
+            self._output_layer.learn(loss)
+        return Outcome(logits.detach(), loss.detach(), {})
+
+    def _accumulate(self, images: Tensor, labels: Tensor, num_batches: int) -> Outcome:
+        parts = []
+        total = images.new_zeros(())
+        for number in range(num_batches):
+            first, last = (len(images) * n // num_batches for n in (number, number + 1))
+            logits = not_below_float32(self._forward(images[first:last]))
+            with torch.autocast(images.device.type, enabled=False):
+                loss = self._output_layer.loss(logits, labels[first:last])
+                loss = loss * ((last - first) / len(images))
+                if loss.requires_grad and last < len(images):
+                    loss.backward()  # type: ignore[no-untyped-call]
+                elif last == len(images):
+                    self._output_layer.learn(loss)
+            total = total + loss.detach()
+            parts.append(logits.detach())
+        return Outcome(torch.cat(parts), total, {})
+
+
+class CheckpointedBackpropagation(Backpropagation):
+    """Each block keeps its input alone, and runs again in the backward.
+
+    Arguments:
+        model: whose blocks these are.
+        blocks: what is run again as a whole.
+        output_layer: here, of all parameters.
+
+    BatchNorm's running statistics are updated by the first of the two runs.
+    """
+
+    can_be_graphed = False  # it goes back to where random numbers were
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], output_layer: OutputLayer
+    ) -> None:
+        super().__init__(model.__call__, output_layer)
+        self._forwards = {block: _through_checkpoint(block) for block in blocks}
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Outcome:
+        with standing_in(self._forwards):
+            return super().__call__(images, labels)
+
+
+def _through_checkpoint(block: nn.Module) -> Callable[..., Any]:
+    inner = block.forward
+    num_runs = 0
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_runs
+        num_runs += 1
+        if num_runs == 1:
+            return inner(*args, **kwargs)
+        with without_running_statistics(block):
+            return inner(*args, **kwargs)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_runs
+        num_runs = 0
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+    return forward
+
+
+class FusedBackpropagation(Backpropagation):
+    """Each parameter is updated as soon as its gradient is there, which is then freed.
+
+    Arguments:
+        forward: of the model.
+        parameters: name -> parameter.
+        optimizers: name -> optimizer of that parameter alone.
+        output_layer: without an optimizer; only its loss is used.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        parameters: Mapping[str, nn.Parameter],
+        optimizers: Mapping[str, Optimizer],
+        output_layer: OutputLayer,
+    ) -> None:
+        super().__init__(forward, output_layer)
+        self._parameters = parameters
+        self._optimizers = optimizers
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Outcome:
+        logits = not_below_float32(self._forward(images))
+        with torch.autocast(images.device.type, enabled=False):
+            loss = self._output_layer.loss(logits, labels)
+            # Hooks of this step alone, so that the model is an ordinary one outside.
+            handles = [
+                parameter.register_post_accumulate_grad_hook(_updating(self._optimizers[name]))  # type: ignore[no-untyped-call]
+                for name, parameter in self._parameters.items()
+            ]
+            try:
+                if loss.requires_grad:
+                    loss.backward()  # type: ignore[no-untyped-call]
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return Outcome(logits.detach(), loss.detach(), {})
+
+
+def _updating(optimizer: Optimizer) -> Callable[[Tensor], None]:
+    def update(parameter: Tensor) -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return update
+
+
+def build_backpropagation(
+    rule: Backprop,
+    model: nn.Module,
+    checkpointed: Sequence[nn.Module],
+    output_layer: OutputLayer,
+    optimizers: Mapping[str, Optimizer],
+    compile_model: bool,
+) -> Backpropagation:
+    """The form that the rule asks for.
+
+    Arguments:
+        rule: says which.
+        model: all of whose parameters learn.
+        checkpointed: the blocks that "checkpoint" runs again.
+        output_layer: of all parameters.
+        optimizers: of "fused-optimizer", parameter name -> its own.
+        compile_model: run the model through torch.compile.
+
+    Raises:
+        UserError: a form that gains nothing when compiled.
+    """
+    if compile_model and rule.bp_memory in ("checkpoint", "fused-optimizer"):
+        raise UserError(
+            f"bp_memory {rule.bp_memory!r} and compile exclude each other: the compiler decides "
+            f"itself what a backward keeps and when gradients are there."
+        )
+    forward = torch.compile(model.forward) if compile_model else model.__call__
+    if rule.bp_memory == "checkpoint":
+        return CheckpointedBackpropagation(model, checkpointed, output_layer)
+    if rule.bp_memory == "fused-optimizer":
+        return FusedBackpropagation(forward, output_layer.parameters, optimizers, output_layer)
+    return Backpropagation(forward, output_layer, rule.num_accumulated)

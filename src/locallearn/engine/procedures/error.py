@@ -1,0 +1,77 @@
+"""Blocks run, wait for the error at the network's output, and are updated by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locallearn.engine.procedures.base import Outcome, OutputLayer, not_below_float32, standing_in
+from locallearn.engine.procedures.local import forwards_of
+from locallearn.engine.units import GenericUnit, UnitResult, UnitSignal
+from locallearn.rules import ErrorHead
+
+
+class ErrorUnit(GenericUnit):
+    """A block whose graph is kept until the error is known. Autograd ends at its input."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._pending: Tensor | None = None
+
+    @property
+    def has_loss(self) -> bool:
+        return False
+
+    def step(self, labels: Tensor, *args: Any, **kwargs: Any) -> UnitResult:
+        """The forward alone; :meth:`learn` updates."""
+        self._pending = self.run(*args, **kwargs)
+        output = self.hand_on(self._pending.detach())
+        return UnitResult(output, UnitSignal(None, None, None))
+
+    def learn(self, error: Tensor) -> None:
+        """Update from the error at the logits, (N, K)."""
+        activation, self._pending = self._pending, None
+        assert activation is not None, "the block has not run"
+        assert isinstance(self.head, ErrorHead)
+        hidden = activation.detach()
+        grad = self.head.signal(hidden, error).to(hidden.dtype)
+        if activation.requires_grad:
+            activation.backward(grad)  # type: ignore[no-untyped-call]
+        del activation
+        self._update()
+
+
+class ErrorUpdates:
+    """For rules that hand each block the network's error: memory grows with depth, as in
+    backpropagation, but blocks need not wait for each other.
+
+    Arguments:
+        model: whose blocks the units hold.
+        units: in the order of ``named_modules``.
+        output_layer: what lies in no block.
+    """
+
+    can_be_graphed = True
+
+    def __init__(
+        self, model: nn.Module, units: Sequence[ErrorUnit], output_layer: OutputLayer
+    ) -> None:
+        self._model = model
+        self._units = units
+        self._output_layer = output_layer
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Outcome:
+        signals: dict[str, UnitSignal] = {}
+        with standing_in(forwards_of(self._units, labels, signals)):
+            logits = self._model(images)
+        with torch.autocast(images.device.type, enabled=False):
+            logits = not_below_float32(logits)
+            loss, error = self._output_layer.error(logits, labels)
+            self._output_layer.learn(logits, error)
+            for unit in self._units:
+                if unit.name in signals:
+                    unit.learn(error)
+        return Outcome(logits.detach(), loss, signals)
