@@ -1,5 +1,6 @@
 """From a model and a rule to a trained network: the learner, the training loop, run records."""
 
+from locallearn.engine.audit import audit_locality
 from locallearn.engine.config import DEVICES, TrainConfig, choose_device
 from locallearn.engine.evaluation import Evaluation, evaluate
 from locallearn.engine.learner import PRECISIONS, LocalLearner, StepResult
@@ -23,6 +24,7 @@ __all__ = [
     "TrainConfig",
     "Trained",
     "Trainer",
+    "audit_locality",
     "choose_device",
     "evaluate",
     "list_optimizers",
