@@ -48,6 +48,36 @@ def test_local_rules_by_hand(rule: str, signal: int, gradient_of_d: int, additio
     assert cost.num_additional_params == additional
 
 
+OUTPUTS = (32 * 1024, 64 * 256, 128 * 64, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "signal", "more", "additional"),
+    [
+        ("dfa", {}, 10 * sum(OUTPUTS), 0, 0),
+        ("drtp", {}, 0, 0, 0),
+        ("pepita", {}, FORWARD + 10 * 3 * 1024, 0, 0),
+        ("lls-s", {}, (2 * 10 + 2 * 128) * sum(LATENTS), 0, 0),
+        ("bp", {"bp_memory": "checkpoint"}, FORWARD - CONV1, FORWARD - CLASSIFIER, 0),
+        (
+            "local-losses",
+            {"local_loss": "sim"},
+            2 * (9 * (32**2 * 1024 + 64**2 * 256 + 128**2 * 64) + 512**2)
+            + 2 * 128 * (32 + 64 + 128 + 512),
+            9 * (32**2 * 1024 + 64**2 * 256 + 128**2 * 64) + 512**2,
+            9 * (32**2 + 64**2 + 128**2) + 512**2,
+        ),
+    ],
+)
+def test_the_other_rules_by_hand(name, options, signal, more, additional) -> None:
+    rule = build_rule(name, **options)
+    cost = step_cost(build_model("smallconv"), rule, image_shape=IMAGE, batch_size=128)
+    assert cost.learning_signal_macs == signal
+    assert cost.total_macs == 2 * FORWARD + signal + more
+    assert cost.num_additional_params == additional
+    assert (cost.peak_activation_bytes is None) == (name != "lls-s")
+
+
 def test_inside_a_depthwise_separable_block_backpropagation_goes_on() -> None:
     cost = cost_of("lls", "mobilenet-v1", image=(3, 32, 32))
     # The pointwise products of the 13 blocks: their input gradients come on top.

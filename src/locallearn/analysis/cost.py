@@ -8,7 +8,10 @@ nothing is computed. 1 MAC is one multiplication and one addition.
 **Learning signal** is what generates dL/dh, the gradient at a block's output. For backpropagation
 it is the input-gradient product of every layer after the first; for a projection rule, 2 T K for
 each block (project, project back), K more for LLS-M, 2 R K more for LLS-MxM (design: its T K are
-then T R). The paper prints such figures without a formula.
+then T R), and with the similarity term 2 T N (an image with each of the batch, and back). For DFA
+it is K n for each block, n the values of its output; for DRTP, which looks a row up, nothing; for
+PEPITA the second forward, and K for each value of the input; for sim a convolution forward and
+back. The paper prints such figures without a formula.
 
 **Memory** is what a step allocates beyond parameters, optimizer state and the batch of images, at
 its highest moment: a sum over the tensors that live at once, followed through the step. A local
@@ -28,11 +31,17 @@ from torch import Tensor, nn
 from locallearn.kernels.compiled.cells import FEW_CHANNELS
 from locallearn.models import Block, BlockNetwork, ConvBlock, DepthwiseSeparableBlock, LinearBlock
 from locallearn.rules import (
+    Backprop,
     BasisHead,
+    ErrorRule,
     HeadSpec,
-    LatentRule,
+    LatentHead,
+    LocalRule,
     MatrixModulatedHead,
+    Pepita,
+    ProjectionHead,
     Rule,
+    SimilarityHead,
     VectorModulatedHead,
 )
 
@@ -82,6 +91,20 @@ class BlockShapes:
     latent_length: int
     basis_length: int | None
     row_sums: int  # values between the two halves of the moments' sums, of many channels
+    latent_size: int
+    out_channels: int
+    is_linear: bool
+
+    def head_spec(self, num_classes: int) -> HeadSpec:
+        """What the block's head must fit."""
+        return HeadSpec(
+            self.latent_length,
+            num_classes,
+            self.basis_length,
+            latent_size=self.latent_size,
+            num_channels=self.out_channels,
+            is_linear=self.is_linear,
+        )
 
 
 @dataclass(frozen=True)
@@ -92,8 +115,9 @@ class Cost:
         learning_signal_macs: for each sample.
         forward_macs, total_macs: for each sample, of the forward and of the whole step.
         num_params: of the network; num_additional_params: what the rule trains besides.
-        peak_activation_bytes: of the batch.
-        largest_block: name of the block at which the peak stands; "" for backpropagation.
+        peak_activation_bytes: of the batch; None where it is not followed: of rules whose blocks
+            have no closed form, and of backpropagation's memory-saving forms.
+        largest_block: name of the block at which the peak stands; "" where there is none.
     """
 
     learning_signal_macs: int
@@ -101,12 +125,12 @@ class Cost:
     total_macs: int
     num_params: int
     num_additional_params: int
-    peak_activation_bytes: int
+    peak_activation_bytes: int | None
     largest_block: str
 
     @property
-    def peak_activation_mib(self) -> float:
-        return self.peak_activation_bytes / 2**20
+    def peak_activation_mib(self) -> float | None:
+        return None if self.peak_activation_bytes is None else self.peak_activation_bytes / 2**20
 
 
 def step_cost(
@@ -121,7 +145,7 @@ def step_cost(
 
     Arguments:
         model: one of the package's networks; only its shapes are looked at.
-        rule: a projection rule, or backpropagation.
+        rule: any of the package's.
         image_shape: (C, H, W).
         batch_size: N.
         bytes_per_value: of activations: 4 in float32, 2 in bfloat16.
@@ -130,44 +154,63 @@ def step_cost(
     num_params = sum(p.numel() for p in model.parameters())
     stages = [stage for block in blocks for stage in block.stages]
     forward = sum(stage.num_macs for stage in stages) + classifier.num_macs
-    if not isinstance(rule, LatentRule):
-        signal = forward - stages[0].num_macs
-        peak = _peak_of_backprop(stages, classifier, batch_size, bytes_per_value)
-        return Cost(signal, forward, 2 * forward + signal, num_params, 0, peak, "")
-
-    signal = inside = additional = 0
-    for block in blocks:
-        heads = _head_macs(rule, block, model.num_classes)
-        signal += heads.signal
-        additional += heads.num_params
-        # Within a block of two layers backpropagation goes on.
-        inside += heads.gradient + sum(stage.num_macs for stage in block.stages[1:])
+    # Within a block of two layers backpropagation goes on.
+    inside = sum(stage.num_macs for block in blocks for stage in block.stages[1:])
+    additional, peak, name = 0, None, ""
+    if isinstance(rule, Backprop):
+        signal, inside = forward - stages[0].num_macs, 0
+        if rule.bp_memory == "checkpoint":
+            inside = forward - classifier.num_macs  # the blocks run once more
+        if rule.bp_memory == "plain":
+            peak = _peak_of_backprop(stages, classifier, batch_size, bytes_per_value)
+    elif isinstance(rule, Pepita):
+        signal, inside = forward + model.num_classes * stages[0].x, 0
+    elif isinstance(rule, ErrorRule):
+        signal = model.num_classes * sum(block.stages[-1].z for block in blocks)
+    else:
+        assert isinstance(rule, LocalRule)
+        heads = [_head_macs(rule, block, model.num_classes, batch_size) for block in blocks]
+        signal = sum(head.signal for head in heads)
+        inside += sum(head.gradient for head in heads)
+        additional = sum(head.num_params for head in heads)
+        if all(head.is_latent for head in heads):
+            name, peak = _peak_of_local_rule(blocks, batch_size, bytes_per_value)
     total = 2 * forward + signal + inside
-    name, peak = _peak_of_local_rule(blocks, batch_size, bytes_per_value)
     return Cost(signal, forward, total, num_params, additional, peak, name)
 
 
 @dataclass(frozen=True)
 class _HeadMacs:
-    """signal: project and project back; gradient: of D; num_params: trained in the head."""
+    """signal: project and project back; gradient: of D, or of what else is trained; num_params:
+    trained in the head; is_latent: whether the head sees the pooled latent alone."""
 
     signal: int
     gradient: int
     num_params: int
+    is_latent: bool = True
 
 
-def _head_macs(rule: LatentRule, block: BlockShapes, num_classes: int) -> _HeadMacs:
+def _head_macs(rule: LocalRule, block: BlockShapes, num_classes: int, batch_size: int) -> _HeadMacs:
     t, k = block.latent_length, num_classes
-    head = rule.build_head(HeadSpec(t, k, block.basis_length))
+    head = rule.build_head(block.head_spec(num_classes))
     num_params = sum(p.numel() for p in head.parameters() if p.requires_grad)
+    if isinstance(head, SimilarityHead):
+        width = block.out_channels
+        layer = sum(p.numel() for p in head.features.parameters()) * block.stages[-1].z // width
+        signal, gradient = 2 * layer + 2 * width * batch_size, layer
+        if head.classifier is not None:
+            signal, gradient = signal + 2 * t * k, gradient + t * k
+        return _HeadMacs(signal, gradient, num_params, is_latent=False)
+    if not isinstance(head, ProjectionHead):
+        return _HeadMacs(0, 0, num_params, is_latent=isinstance(head, LatentHead))
+    matched = 2 * t * batch_size if head.similarity else 0
     if isinstance(head, MatrixModulatedHead):
         rows = head.modulation.shape[0]
-        return _HeadMacs(2 * t * rows + 2 * rows * k, rows * k, num_params)
+        return _HeadMacs(2 * t * rows + 2 * rows * k + matched, rows * k, num_params)
     if isinstance(head, VectorModulatedHead):
-        return _HeadMacs(2 * t * k + k, k, num_params)
-    if isinstance(head, BasisHead):
-        return _HeadMacs(2 * t * k, 0, num_params)
-    return _HeadMacs(2 * t * k, t * k, num_params)
+        return _HeadMacs(2 * t * k + k + matched, k, num_params)
+    gradient = 0 if isinstance(head, BasisHead) else t * k
+    return _HeadMacs(2 * t * k + matched, gradient, num_params)
 
 
 def _trace(
@@ -218,7 +261,17 @@ def _trace(
             last = block.pointwise if isinstance(block, DepthwiseSeparableBlock) else block.conv
             row_sums = 2 * block.latent_size * widths[last] * block.out_channels
         blocks.append(
-            BlockShapes(name, stages, moments, block.latent_length, block.basis_length, row_sums)
+            BlockShapes(
+                name,
+                stages,
+                moments,
+                block.latent_length,
+                block.basis_length,
+                row_sums,
+                block.latent_size,
+                block.out_channels,
+                is_linear,
+            )
         )
     return blocks, stage(twin.classifier)
 

@@ -27,8 +27,8 @@ _LEGEND = """* the fastest backpropagation, which the others are compared with.
 def bench(
     model: Annotated[str, typer.Option(help="Network; `locallearn list models`.")] = "smallconv",
     rules: Annotated[
-        str, typer.Option(help="Local rules, separated by commas.")
-    ] = "lls,lls-m,lls-mxm",
+        str, typer.Option(help="Rules to put beside bp, separated by commas.")
+    ] = "lls,lls-m,lls-mxm,lls-s",
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
     image_size: Annotated[int, typer.Option(help="Height and width, pixels.")] = 32,
     channels: Annotated[int, typer.Option(help="Of the images.")] = 3,

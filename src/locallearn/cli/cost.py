@@ -19,7 +19,7 @@ def cost(
     ] = "smallconv",
     rules: Annotated[
         str, typer.Option(help="Rules, separated by commas.")
-    ] = "bp,local-losses,lls,lls-m,lls-mxm,lls-mxm-reduced",
+    ] = "bp,local-losses,dfa,drtp,pepita,lls,lls-s,lls-m,lls-mxm,lls-mxm-reduced",
     image_size: Annotated[int, typer.Option(help="Height and width, pixels.")] = 32,
     channels: Annotated[int, typer.Option(help="Of the images.")] = 3,
     classes: Annotated[int, typer.Option(help="How many.")] = 10,
@@ -34,7 +34,8 @@ def cost(
     Counted from the shapes of the layers; nothing is run. Signal: MACs that make the gradient at a
     block's output, of one image; step: all MACs of a training step, of one image; rule's: what the
     rule trains besides the network; peak: activation memory of a batch, beyond weights, optimizer
-    state and the images: by the closed form for local rules, by plain PyTorch for bp.
+    state and the images: by the closed form for latent rules, by plain PyTorch for bp; of the other
+    rules it is not counted, but measured by `locallearn bench`.
     """
     from locallearn.analysis import step_cost
     from locallearn.engine import PRECISIONS
@@ -90,7 +91,11 @@ def cost(
         ]
         backprop = costs[0]
         for rule, each in zip(built, costs[1:], strict=True):
-            share = each.peak_activation_bytes / backprop.peak_activation_bytes
+            peak, of_bp = "-", "-"
+            if each.peak_activation_bytes is not None:
+                assert backprop.peak_activation_bytes is not None
+                peak = f"{each.peak_activation_bytes / 2**20:,.1f}"
+                of_bp = f"{each.peak_activation_bytes / backprop.peak_activation_bytes:.2f}"
             table.add_row(
                 name,
                 rule.name,
@@ -98,8 +103,8 @@ def cost(
                 f"{each.total_macs / 1e6:,.1f}",
                 f"{each.num_params:,}",
                 f"{each.num_additional_params:,}",
-                f"{each.peak_activation_mib:,.1f}",
-                f"{share:.2f}",
+                peak,
+                of_bp,
             )
             rows.append({"model": name, "rule": rule.name, **asdict(each)})
     Console(highlight=False).print(table)

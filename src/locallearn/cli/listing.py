@@ -47,12 +47,18 @@ def _models() -> Table:
 
 
 def _rules() -> Table:
-    from locallearn.rules import list_rules, rule_class
+    from locallearn.rules import Information, list_rules, rule_class
 
-    table = _table("rules", "name", "what it is", "trains besides the network", "needs")
+    table = _table("rules", "name", "what it is", "trains besides the network", "learns from")
     for name in list_rules():
         rule = rule_class(name)
-        table.add_row(name, rule.summary, rule.trains, rule.requires.value)
+        # In the order of the declaration, from the nearest to the farthest.
+        reached = [information for information in Information if information in rule.learns_from]
+        table.add_row(name, rule.summary, rule.trains, ", ".join(reached))
+    table.caption = (
+        "learns from: what reaches a block's update, as the tests measure it by perturbation"
+    )
+    table.caption_justify = "left"
     return table
 
 

@@ -20,18 +20,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from locallearn.engine.graphs import NUM_WARM_UP_STEPS, GraphedStep
 from locallearn.engine.learner import LocalLearner
 from locallearn.engine.measuring import peak_memory_bytes
-from locallearn.engine.optimizers import optimizer_factory, set_mode
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend
-from locallearn.models import Block, BlockNetwork
-from locallearn.rules import Requirement, rule_class
+from locallearn.models import BlockNetwork
+from locallearn.rules import Requirement, Rule, build_rule, rule_class
 
 Step = Callable[[Tensor, Tensor], object]
 
@@ -40,6 +37,8 @@ Step = Callable[[Tensor, Tensor], object]
 _GATE_FLOOR = {"fp32": 1e-4, "bf16": 5e-3}
 # Weights after some steps of Adam, captured against ordinary.
 _NUM_GRAPH_STEPS = 4
+# Of backpropagation, measured for their memory.
+_SAVING_FORMS = ("checkpoint", "accumulate:4", "fused-optimizer")
 _GRAPH_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 
 
@@ -139,8 +138,8 @@ def run_benchmark(
     labels = torch.randint(config.num_classes, (config.batch_size,), generator=generator)
     labels = labels.to(device)
     for rule in config.rules:
-        if rule_class(rule).requires is not Requirement.LOCAL:
-            raise UserError(f"rule {rule!r} has no local update; bp is always measured beside.")
+        if rule_class(rule).requires is Requirement.END_TO_END:
+            raise UserError(f"rule {rule!r} is no rule to compare: bp is always measured beside.")
 
     backend = choose_backend(config.backend, config.device)
     gate = _check(config, build, backend, images, labels, on_progress)
@@ -298,7 +297,7 @@ def _sides(
     images: Tensor,
     labels: Tensor,
 ) -> list[Side]:
-    def learner(rule: str, backend: str, **settings: Any) -> LocalLearner:
+    def learner(rule: str | Rule, backend: str, **settings: Any) -> LocalLearner:
         torch.manual_seed(config.seed)
         return LocalLearner(
             build().to(images.device),
@@ -310,15 +309,20 @@ def _sides(
         )
 
     sides = []
+    # Not every rule's blocks have a closed form: what has none is there once.
+    closed = []
     for rule in config.rules:
-        sides.append(Side(rule, "closed form", backend, learner(rule, backend).step))
+        fast = learner(rule, backend)
+        if "closed form" in fast.block_paths.values():
+            closed.append(rule)
+            sides.append(Side(rule, "closed form", backend, fast.step))
         sides.append(Side(rule, "generic", "autograd", learner(rule, "autograd").step))
     sides.append(Side("bp", "backprop", "eager", learner("bp", backend).step, True))
     sides.append(
         Side("bp", "backprop", "compiled", learner("bp", backend, compile=True).step, True)
     )
     if config.device == "cuda":
-        for rule in config.rules:
+        for rule in closed:
             for overlap in (False, True):
                 path = "closed form, graph" + (", overlapped" if overlap else "")
                 captured = learner(rule, backend, overlap_updates=overlap)
@@ -330,76 +334,10 @@ def _sides(
             how = "compiled" if compiled else "eager"
             step = GraphedStep(captured)
             sides.append(Side("bp", "backprop, graph", how, step, True, graphed=pair))
-    savers = {"checkpointed": _checkpointed, "update in backward": _update_in_backward}
-    for path, make in savers.items():
-        saving = make(build().to(images.device), backend, config.precision)
-        sides.append(Side("bp", path, "eager", saving))
+    for form in _SAVING_FORMS:
+        saving = build_rule("bp", bp_memory=form)
+        sides.append(Side("bp", form, "eager", learner(saving, backend).step))
     return sides
-
-
-def _forward_loss(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> Tensor:
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(images)
-    return F.cross_entropy(logits.float(), labels)
-
-
-def _prepared(model: nn.Module, backend: str, **groups: list[nn.Parameter]) -> list[Any]:
-    """Optimizers for the groups, in training mode and with the backend's kernel."""
-    model.to(memory_format=torch.channels_last).train()
-    make = optimizer_factory("schedulefree-adamw", lr=None, weight_decay=0.0)
-    optimizers: list[Any] = [make(group) for group in groups.values()]
-    for optimizer in optimizers:
-        optimizer.backend = backend
-    set_mode(optimizers, training=True)
-    return optimizers
-
-
-def _checkpointed(model: BlockNetwork, backend: str, precision: str) -> Step:
-    """Backpropagation that keeps each block's input alone, and runs the block again."""
-    (optimizer,) = _prepared(model, backend, all=list(model.parameters()))
-    for block in [m for m in model.modules() if isinstance(m, Block)]:
-        block.__dict__["forward"] = _through_checkpoint(block.forward)
-
-    def step(images: Tensor, labels: Tensor) -> Tensor:
-        loss = _forward_loss(model, images, labels, precision)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
-
-
-def _through_checkpoint(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
-    def run(x: Tensor) -> Any:
-        return checkpoint(forward, x, use_reentrant=False)
-
-    return run
-
-
-def _update_in_backward(model: BlockNetwork, backend: str, precision: str) -> Step:
-    """Backpropagation that updates a parameter, and frees its gradient, as soon as it has one."""
-    groups = {name.replace(".", "_"): [p] for name, p in model.named_parameters()}
-    optimizers = _prepared(model, backend, **groups)
-    for (parameter,), optimizer in zip(groups.values(), optimizers, strict=True):
-        parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-            _updating(optimizer)
-        )
-
-    def step(images: Tensor, labels: Tensor) -> Tensor:
-        loss = _forward_loss(model, images, labels, precision)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
-
-    return step
-
-
-def _updating(optimizer: Any) -> Callable[[Tensor], None]:
-    def update(parameter: Tensor) -> None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return update
 
 
 def same_weights(build: Callable[[], BlockNetwork]) -> Callable[[], BlockNetwork]:

@@ -14,7 +14,7 @@ from locallearn.engine.finding import count_normalized
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
 from locallearn.kernels import choose_backend, missing_for
 from locallearn.models import build_model
-from locallearn.rules import Requirement
+from locallearn.rules import HeadSpec, LatentHead, LocalRule
 
 # Batches that BatchNorm's running statistics are re-estimated on before an evaluation, where the
 # optimizer evaluates at other weights than it trains at (as the authors do).
@@ -108,8 +108,8 @@ def choose_run_backend(settings: TrainConfig, dataset: Dataset) -> tuple[str, st
     if backend != "compiled":
         missing = missing_for("compiled", settings.device) if settings.device == "cpu" else None
         return backend, f"auto: compiled {missing}" if missing else "auto: the fastest here"
-    if settings.build_rule().requires is not Requirement.LOCAL:
-        return "autograd", "auto: the rule has no closed form"
+    if not _has_closed_form(settings):
+        return "autograd", "auto: rule and blocks have no closed form"
     with torch.device("meta"):
         model = build_model(
             settings.model,
@@ -125,6 +125,16 @@ def choose_run_backend(settings: TrainConfig, dataset: Dataset) -> tuple[str, st
     if total > COMPILE_AFTER * num_blocks:
         return "compiled", "auto: the run is long enough for compiling to pay"
     return "autograd", "auto: the run is too short for compiling to pay"
+
+
+def _has_closed_form(settings: TrainConfig) -> bool:
+    """Whether the rule's heads and the network's blocks, as set, have one (`engine.units`)."""
+    rule = settings.build_rule()
+    if not isinstance(rule, LocalRule) or settings.group_blocks > 1:
+        return False
+    is_latent = isinstance(rule.build_head(HeadSpec(4, 2, num_channels=4)), LatentHead)
+    style = settings.block_style()
+    return is_latent and style.norm == "batch" and style.activation != "tanh"
 
 
 def training_loader(settings: TrainConfig, dataset: Dataset, device: torch.device) -> ImageLoader:

@@ -35,7 +35,7 @@ from locallearn.rules.lls import (
     MatrixModulatedHead,
     VectorModulatedHead,
 )
-from locallearn.rules.local_losses import LOCAL_LOSSES, LocalLosses
+from locallearn.rules.local_losses import LOCAL_LOSSES, LocalLosses, SimilarityHead
 from locallearn.rules.pepita import UPDATE_ORDERS, Modulator, Pepita
 
 __all__ = [
@@ -73,6 +73,7 @@ __all__ = [
     "Requirement",
     "Rule",
     "SignDFA",
+    "SimilarityHead",
     "VectorModulatedHead",
     "accumulate_grad",
     "build_basis",
