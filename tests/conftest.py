@@ -10,10 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+NUM_THREADS = torch.get_num_threads()
+
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _as_at_the_start() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(NUM_THREADS)  # of its own, a run of an earlier test may have set one
 
 
 @pytest.fixture
