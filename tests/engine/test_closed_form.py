@@ -18,7 +18,6 @@ from locallearn.engine.finding import count_normalized
 from locallearn.engine.learner import COMPILE_AFTER
 from locallearn.engine.measuring import peak_memory_bytes
 from locallearn.engine.units import has_closed_form
-from locallearn.kernels import cxx_compiler
 from locallearn.models import Block, BlockNetwork, ConvBlock, DepthwiseSeparableBlock, LinearBlock
 
 NUM_STEPS = 100
@@ -75,19 +74,19 @@ def test_many_steps_in_float64_are_those_of_autograd(rule: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
 
 
-def test_many_steps_in_float64_compiled() -> None:
-    if cxx_compiler() is None:
-        pytest.skip("no C++ compiler on this machine: torch.compile can't be used on its CPU")
+def test_many_steps_in_float64_compiled(needs_compiler: None) -> None:
     expected = trajectory("reference", torch.float64, "lls-mxm")
     actual = trajectory("compiled", torch.float64, "lls-mxm")
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("backend", ["reference", "compiled"])
-def test_many_steps_in_float32_stray_no_further_than_autograds(backend: str) -> None:
+def test_many_steps_in_float32_stray_no_further_than_autograds(
+    backend: str, request: pytest.FixtureRequest
+) -> None:
     """From the float64 trajectory, at most twice as far as plain PyTorch's own float32."""
-    if backend == "compiled" and cxx_compiler() is None:
-        pytest.skip("no C++ compiler on this machine: torch.compile can't be used on its CPU")
+    if backend == "compiled":
+        request.getfixturevalue("needs_compiler")
     exact = trajectory("autograd", torch.float64, "lls-mxm")
     plain = (trajectory("autograd", torch.float32, "lls-mxm") - exact).abs()
     ours = (trajectory(backend, torch.float32, "lls-mxm") - exact).abs()
@@ -271,10 +270,8 @@ def test_running_statistics_are_batch_norms(model: str) -> None:
         torch.testing.assert_close(states[1][name], value, rtol=1e-10, atol=1e-12)
 
 
-def test_peak_memory_is_the_largest_blocks_own_tensors() -> None:
+def test_peak_memory_is_the_largest_blocks_own_tensors(needs_compiler: None) -> None:
     """Input, z and output of the second block, 15 % for all else; and what `cost` counts."""
-    if cxx_compiler() is None:
-        pytest.skip("no C++ compiler on this machine: torch.compile can't be used on its CPU")
     blocks = [ConvBlock(c, 16, latent_size=2, max_pool=p) for c, p in ((3, 1), (16, 2))]
     model = BlockNetwork(blocks, pool_size=1, num_classes=4)
     learner = LocalLearner(model, "lls-mxm", backend="compiled", recalibration_batches=0)

@@ -25,7 +25,6 @@ from locallearn.engine import Interrupted, Snapshot, TrainConfig, Trainer, load_
 from locallearn.engine.evaluation import evaluate
 from locallearn.engine.files import write_atomically
 from locallearn.engine.run import RunDirectory, load_checkpoint, save_checkpoint
-from locallearn.kernels import cxx_compiler
 from locallearn.models.registry import _MODELS
 from locallearn.rules import (
     LatentHead,
@@ -194,11 +193,9 @@ def one_block() -> Iterator[str]:
 
 @pytest.mark.filterwarnings("default")  # what torch's compiler warns of is not ours
 def test_resumed_by_a_process_that_meets_another_batch_first(
-    tmp_path: Path, one_block: str
+    tmp_path: Path, one_block: str, needs_compiler: None
 ) -> None:
     """The smaller last batch of an epoch, by the compiled backend: still bit for bit."""
-    if cxx_compiler() is None:
-        pytest.skip("no C++ compiler on this machine: torch.compile can't be used on its CPU")
     settings = {"model": one_block, "backend": "compiled", "num_threads": 2}
     run(tmp_path / "whole", **settings)
     config = TrainConfig(**{**SMALL, **settings})
