@@ -50,14 +50,14 @@ def trajectory(backend: str, dtype: torch.dtype, rule: str) -> Tensor:
     learning rate whatever the gradient is, and turn rounding into a difference at once.
     """
     torch.manual_seed(5)
+    batches = [problem(16, size=7) for _ in range(10)]
     learner = LocalLearner(
-        network().to(dtype),
+        network(),
         rule,
         num_classes=4,
         backend=backend,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
-    )
-    batches = [problem(16, size=7) for _ in range(10)]
+    ).to(dtype)  # made in float32: the same numbers are drawn for either
     rows = []
     for number in range(NUM_STEPS):
         images, labels = batches[number % len(batches)]
