@@ -10,10 +10,22 @@ import pytest
 import torch
 from PIL import Image
 
+from locallearn.kernels import cxx_compiler
+
+NUM_THREADS = torch.get_num_threads()
+
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _as_at_the_start() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(NUM_THREADS)  # of its own, a run of an earlier test may have set one
+
+
+@pytest.fixture(scope="session")
+def needs_compiler() -> None:
+    """Skips, saying so, where the compiled backend can't be used on the CPU."""
+    if cxx_compiler() is None:
+        pytest.skip("no C++ compiler on this machine: torch.compile can't be used on its CPU")
 
 
 @pytest.fixture

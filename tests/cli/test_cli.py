@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -27,15 +28,6 @@ SMALL = ["--epochs", "2", "--limit-train", "400", "--limit-test", "60"]
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-
-
-def program(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "locallearn", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def assert_one_line_error(code: int, captured) -> str:
@@ -102,7 +94,6 @@ def test_flags_reach_the_run() -> None:
     for name, value in flags.items():
         assert settings[name[2:].replace("-", "_")] == value, name
     assert settings["channels_last"] is False
-    torch.set_num_threads(os.cpu_count() or 1)
 
 
 def test_resume_of_a_finished_run_says_so(capsys) -> None:
@@ -114,7 +105,7 @@ def test_resume_of_a_finished_run_says_so(capsys) -> None:
     assert {p: p.stat().st_mtime_ns for p in Path("run").iterdir()} == before
 
 
-LONG = ["--epochs", "6", "--num-threads", "2"]
+LONG = ["--epochs", "6", "--num-threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -125,33 +116,67 @@ def whole(tmp_path_factory) -> Path:
     return path
 
 
-def wait_for(process: subprocess.Popen, path: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.02)
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+class Ended(NamedTuple):
+    """What a program left."""
+
+    path: Path
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def signalled(tmp_path_factory: pytest.TempPathFactory) -> dict[signal.Signals, Ended]:
+    """Runs at the same time, as each takes seconds to start, told to stop in their second epoch."""
+    folder = tmp_path_factory.mktemp("signalled")
+    processes = {
+        number: subprocess.Popen(
+            [sys.executable, "-m", "locallearn", "train", *LONG, "--out", number.name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+        )
+        for number in SIGNALS
+    }
+    waiting, deadline = set(SIGNALS), time.monotonic() + 120
+    try:
+        while waiting:
+            assert time.monotonic() < deadline, f"no checkpoints of {waiting}"
+            for number in [n for n in waiting if (folder / n.name / "checkpoint.pt").exists()]:
+                processes[number].send_signal(number)
+                waiting.remove(number)
+            for process in (processes[number] for number in waiting):
+                assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        outputs = {number: p.communicate(timeout=120) for number, p in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()
+    return {n: Ended(folder / n.name, processes[n].returncode, *outputs[n]) for n in SIGNALS}
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signalled_run_resumes_to_what_it_would_have_been(
-    number: signal.Signals, whole: Path
+    number: signal.Signals,
+    whole: Path,
+    signalled: dict[signal.Signals, Ended],
 ) -> None:
-    process = program("train", *LONG, "--out", "cut")
-    wait_for(process, Path("cut/checkpoint.pt"))
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
+    cut, code, out, err = signalled[number]
     if number == signal.SIGKILL:
-        assert process.returncode == -number
+        assert code == -number
     else:
-        assert process.returncode == 128 + number
-        assert "Continue with: locallearn train --resume cut" in err
+        assert code == 128 + number
+        assert f"Continue with: locallearn train --resume {cut.name}" in err
         assert "Traceback" not in err
-    assert not Path("cut/summary.json").exists(), out
-    assert main(["train", "--resume", "cut"]) == 0
-    one, two = (load_file(path / "model.safetensors") for path in (whole, Path("cut")))
+    assert not (cut / "summary.json").exists(), out
+    assert main(["train", "--resume", str(cut)]) == 0
+    one, two = (load_file(path / "model.safetensors") for path in (whole, cut))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    states = [load_checkpoint(path / "checkpoint.pt")["learner"] for path in (whole, Path("cut"))]
+    states = [load_checkpoint(path / "checkpoint.pt")["learner"] for path in (whole, cut)]
     torch.testing.assert_close(*(s["optimizers"] for s in states), rtol=0, atol=0)
 
 
@@ -339,17 +364,17 @@ def test_relative_data_and_odd_names(capsys, make_folder, monkeypatch, tmp_path)
     assert "[red]" in out
 
 
-def test_a_full_disk_is_one_line_and_can_be_resumed() -> None:
+def test_a_full_disk_is_one_line_and_can_be_resumed(capsys) -> None:
     """The file size limit stands for the disk: the first checkpoint does not fit."""
-    limited = "ulimit -f 600; exec " + " ".join(
-        [sys.executable, "-m", "locallearn", "train", "--out", "run", "--epochs", "1", "--quiet"]
-    )
-    process = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
-    assert process.returncode == 2, process.stderr
-    lines = process.stderr.strip().splitlines()
-    assert len(lines) == 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600 * 1024, limits[1]))
+    try:
+        code = main(["train", "--out", "run", "--epochs", "1", "--quiet"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert re.match(
-        r"Error: can't use run/checkpoint.pt: File too large. What was written before", lines[0]
+        r"Error: can't use run/checkpoint.pt: File too large. What was written before",
+        assert_one_line_error(code, capsys.readouterr()),
     )
     assert sorted(p.name for p in Path("run").iterdir()) == ["config.json", "tensorboard"]
     assert main(["train", "--resume", "run", "--quiet"]) == 0

@@ -19,7 +19,6 @@ from locallearn.engine.optimizers import (
     optimizer_factory,
     set_mode,
 )
-from locallearn.kernels import cxx_compiler
 
 
 def test_what_there_is() -> None:
@@ -209,10 +208,8 @@ def test_stepping_in_evaluation_mode_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("default")  # what torch's compiler warns of is not ours
-def test_a_change_of_memory_format_takes_the_state_along() -> None:
+def test_a_change_of_memory_format_takes_the_state_along(needs_compiler: None) -> None:
     """And a parameter that is a slice of a tensor, which no kernel goes through in order."""
-    if cxx_compiler() is None:
-        pytest.skip("no C++ compiler on this machine: torch.compile can't be used on its CPU")
     moved = []
     for backend in ("reference", "compiled"):
         torch.manual_seed(0)
