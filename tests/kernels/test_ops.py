@@ -103,7 +103,17 @@ def statistics(kernels: Kernels, z: Tensor) -> ChannelStats:
     return kernels.channel_stats(z, *running, eps=1e-5)
 
 
-def forward_and_backward(kernels: Kernels, z: Tensor, gamma, beta, size: int, pool: int, labels, d):
+def forward_and_backward(
+    kernels: Kernels,
+    z: Tensor,
+    gamma,
+    beta,
+    size: int,
+    pool: int,
+    labels,
+    d,
+    similarity: float = 0.0,
+):
     stats = statistics(kernels, z)
     output, moments = kernels.block_forward(
         z, stats, gamma, beta, negative_slope=SLOPE, latent_size=size, max_pool=pool
@@ -116,6 +126,7 @@ def forward_and_backward(kernels: Kernels, z: Tensor, gamma, beta, size: int, po
         labels,
         normalize=True,
         temperature=0.5,
+        similarity=similarity,
         needs_grad_projection=True,
     )
     written = z.clone(memory_format=torch.preserve_format)
@@ -133,7 +144,7 @@ def forward_and_backward(kernels: Kernels, z: Tensor, gamma, beta, size: int, po
     return output, head, grad_z
 
 
-def autograd(z: Tensor, gamma, beta, size: int, pool: int, labels, d):
+def autograd(z: Tensor, gamma, beta, size: int, pool: int, labels, d, similarity: float = 0.0):
     """The same from autograd of the definition."""
     z, gamma, beta, d = (t.detach().clone().requires_grad_() for t in (z, gamma, beta, d))
     h = F.leaky_relu(F.batch_norm(z, None, None, gamma, beta, training=True, eps=1e-5), SLOPE)
@@ -143,7 +154,26 @@ def autograd(z: Tensor, gamma, beta, size: int, pool: int, labels, d):
     else:
         p = F.adaptive_avg_pool1d(h, d.shape[1])
     loss = F.cross_entropy(F.normalize(p, dim=1) @ d.T / 0.5, labels)
+    if similarity:
+        rows = (p, F.one_hot(labels, len(d)).to(p.dtype))
+        s, y = (F.normalize(r - r.mean(1, keepdim=True)) for r in rows)
+        loss = loss + similarity * F.mse_loss(s @ s.T, y @ y.T)
     return output.detach(), loss.detach(), torch.autograd.grad(loss, (z, gamma, beta, d))
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((5, 3, 9, 9), 2), ((4, 10), 4)], ids=["convolutional", "linear"]
+)
+def test_a_block_with_similarity_matches_autograd(kernels, shape, size) -> None:
+    z, gamma, beta = case(shape)
+    labels, d = labels_and_projection(shape, size)
+    of_block = (gamma, beta, size, 1, labels, d, 10.0)
+    _, loss, gradients = autograd(z, *of_block)
+    _, head, grad_z = forward_and_backward(kernels, arrange(z, "channels_last"), *of_block)
+    found = (grad_z, head.grad_gamma, head.grad_beta, head.grad_projection)
+    assert_near(head.loss, loss, torch.float64, "loss")
+    for name, actual, expected in zip("zgbd", found, gradients, strict=True):
+        assert_near(actual, expected, torch.float64, name)
 
 
 @pytest.mark.parametrize(("shape", "size", "pool", "why", "dtype"), BLOCKS, ids=str)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from locallearn.kernels import project_latents
+from locallearn.kernels import label_similarity, match_similarity, project_latents
 
 # N, T, K, and why the row is there
 SIZES = [
@@ -21,27 +21,40 @@ SIZES = [
 ]
 
 
-def reference(p, d, y, *, normalize, temperature, label_smoothing):
+def similarities(rows):
+    """Cosine similarity of rows less their means; none where nothing is left of a row."""
+    q = F.normalize(rows - rows.mean(1, keepdim=True))
+    return q @ q.T
+
+
+def reference(p, d, y, *, normalize, temperature, label_smoothing, similarity=0.0):
     """Loss, logits, dL/dp and dL/dD from autograd of the formulas in plain PyTorch."""
     p, d = p.detach().clone().requires_grad_(), d.detach().clone().requires_grad_()
     q = F.normalize(p, dim=1) if normalize else p
     logits = q @ d.T / temperature
     loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+    if similarity:
+        onehot = F.one_hot(y, len(d)).to(p.dtype)
+        loss = loss + similarity * F.mse_loss(similarities(p), similarities(onehot))
     grad_p, grad_d = torch.autograd.grad(loss, (p, d))
     return loss.detach(), logits.detach(), grad_p, grad_d
 
 
+@pytest.mark.parametrize("similarity", [0.0, 10.0])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("n", "t", "k", "why"), SIZES, ids=[s[3] for s in SIZES])
-def test_closed_form_matches_autograd(n, t, k, why, normalize, temperature, label_smoothing):
+def test_closed_form_matches_autograd(
+    n, t, k, why, normalize, temperature, label_smoothing, similarity
+):
     p, d = torch.randn(n, t, dtype=torch.float64), torch.randn(k, t, dtype=torch.float64)
     y = torch.randint(k, (n,))
     settings = {
         "normalize": normalize,
         "temperature": temperature,
         "label_smoothing": label_smoothing,
+        "similarity": similarity,
     }
     expected = reference(p, d, y, **settings)
     actual = project_latents(p, d, y, **settings, needs_grad_projection=True)
@@ -69,6 +82,40 @@ def test_by_hand() -> None:
     )
     assert result.grad_projection is not None
     assert result.grad_projection.tolist()[0] == pytest.approx([0.6 * e, 0.8 * e])
+
+
+def test_similarity_by_hand() -> None:
+    # Rows (1, -1) and (2, 0), less their means, point the same way: S is all ones. Of two classes
+    # Y is -1 between them, so that (S - Y)^2 is 4 twice and 0 twice. Nothing can be gained by a
+    # small step: the similarity is at its maximum.
+    p = torch.tensor([[1.0, -1.0], [2.0, 0.0]], dtype=torch.float64)
+    result = match_similarity(p, torch.tensor([0, 1]), 2)
+    assert result.loss.item() == pytest.approx(2.0)
+    assert result.grad_latents.abs().max() < 1e-12
+    # At a right angle, with three classes: S - Y is 1/2 off the diagonal, the mean square 1/8.
+    p = torch.tensor([[1.0, 0.0, -1.0], [1.0, -2.0, 1.0]], dtype=torch.float64)
+    result = match_similarity(p, torch.tensor([0, 1]), 3)
+    assert result.loss.item() == pytest.approx(1 / 8)
+    # dL/dq_0 = 4 / 4 * 1/2 * q_1, at a right angle to q_0; divided by ||p_0|| = sqrt(2).
+    expected = 0.5 * p[1] / math.sqrt(6) / math.sqrt(2)
+    assert result.grad_latents[0].tolist() == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 7])
+def test_label_similarity_is_that_of_one_hot_labels(num_classes: int) -> None:
+    labels = torch.randint(num_classes, (9,))
+    expected = similarities(F.one_hot(labels, num_classes).double())
+    actual = label_similarity(labels, num_classes, torch.float64)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+def test_latents_without_variation_are_drawn_nowhere() -> None:
+    p = torch.randn(3, 4)
+    p[0] = 2.5
+    result = match_similarity(p, torch.tensor([0, 1, 0]), 2)
+    assert result.loss.isfinite()
+    assert result.grad_latents[0].tolist() == [0.0] * 4
+    assert result.grad_latents[1:].abs().sum() > 0
 
 
 def test_latents_of_zero_learn_nothing_and_stay_finite() -> None:

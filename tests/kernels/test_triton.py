@@ -484,6 +484,16 @@ def test_a_latent_of_zeros_has_no_gradient(num_classes: int) -> None:
     assert all(t.isfinite().all() for t in result[:6])
 
 
+@pytest.mark.parametrize(("shape", "num_classes", "length", "why"), HEADS)
+def test_local_head_with_similarity(
+    shape: tuple[int, ...], num_classes: int, length: int, why: str
+) -> None:
+    moments, gamma, beta, labels = head_inputs(shape, num_classes)
+    projection = randn(num_classes, length)
+    options = {"normalize": True, "temperature": 0.5, "similarity": 10.0}
+    compare_heads(moments, gamma, beta, projection, labels, **options, needs_grad_projection=True)
+
+
 def test_local_head_records_no_graph() -> None:
     moments, gamma, beta, labels = head_inputs((3, 5, 2, 2), 65)
     result = kernels.local_head(
