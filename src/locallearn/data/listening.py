@@ -14,7 +14,8 @@ class Work:
     """A piece of work that takes long.
 
     Arguments:
-        verb: "downloading", "checking", "unpacking", "decoding" or "reading the sizes of".
+        verb: "downloading", "checking", "unpacking", "reading", "reading the sizes of",
+            "decoding".
         what: a file's name, or "60,000 images".
         unit: of ``total`` and of all progress, "bytes" or "images".
         total: how much there is.

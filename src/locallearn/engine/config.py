@@ -29,12 +29,13 @@ _RULE_OPTIONS = ("basis", "setting", "temperature", "label_smoothing", "num_wave
 class TrainConfig:
     """The settings of a run; None means "the paper's", and :meth:`resolve` fills it in.
 
-    ``data_dir`` is text, so that the whole is plain JSON. Meanings and units are those of the
+    ``data_dir`` and ``cache`` are text, so that the whole is plain JSON. Meanings and units are those of the
     command line's help.
     """
 
     dataset: str = "digits"
     data_dir: str | None = None
+    cache: str | None = None
     model: str = "smallconv"
     rule: str = "lls"
     basis: str | None = None
@@ -105,6 +106,7 @@ class TrainConfig:
             self,
             **filled,
             data_dir=self.data_dir and str(Path(self.data_dir).expanduser().absolute()),
+            cache=str(Path(self.cache).expanduser().absolute()) if self.cache else None,
             epochs=self.epochs or paper_epochs(self.model, self.dataset),
             lr=spec.default_lr if self.lr is None else self.lr,
             augment=self.augment or paper_augmentation(self.model, self.dataset),
@@ -137,6 +139,7 @@ class TrainConfig:
             "backend": "autograd",
             "compile": False,
             "data_dir": None,
+            "cache": None,
         }
         own = {name: settings[name] for name in portable}
         try:
