@@ -171,18 +171,13 @@ def make_observer(*, quiet: bool) -> QuietObserver:
 
 def work_line(work: Work) -> str:
     """What a work on the data is: "downloading a.zip (237 MiB) from http://... to /data"."""
-    size = f" ({_size(work.total)})" if work.unit == "bytes" else ""
-    begun = f", {_size(work.begun)} of it there already" if work.begun else ""
+    from locallearn.data.listening import readable_size  # not above: it would wait for torch
+
+    size = f" ({readable_size(work.total)})" if work.unit == "bytes" else ""
+    begun = f", {readable_size(work.begun)} of it there already" if work.begun else ""
     origin = f" from {work.origin}" if work.origin else ""
     target = f" to {work.target}" if work.target else ""
     return f"{work.verb} {work.what}{size}{origin}{target}{begun}"
-
-
-def _size(num_bytes: int) -> str:
-    """For people: KiB below a MiB, MiB below a GiB."""
-    from locallearn.data.listening import gib
-
-    return gib(num_bytes)
 
 
 def start_lines(config: RunConfig, learner: LocalLearner, path: Path) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from locallearn.data.cache import ImageCache, digest_of_files
 from locallearn.data.dataset import LoadRequest
 from locallearn.data.images import FileImages, ImageSource, decode_all
-from locallearn.data.listening import Work, gib, telling
+from locallearn.data.listening import Work, readable_size, telling
 from locallearn.data.reading import (
     MIN_FILES_FOR_WORKERS,
     ImageHeader,
@@ -111,7 +111,7 @@ class ImageFiles:
         ]
 
     def _decoding(self, num_bytes: int) -> Callable[[], Any]:
-        what = f"{len(self.paths):,} images ({gib(num_bytes)})"
+        what = f"{len(self.paths):,} images ({readable_size(num_bytes)})"
         work = Work("decoding", what, "images", len(self.paths), target=self._request.cache)
         return lambda: telling(self._request.listener, work)
 

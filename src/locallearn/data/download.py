@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from locallearn._version import __version__
-from locallearn.data.listening import SILENT, DataListener, Work, gib, telling
+from locallearn.data.listening import SILENT, DataListener, Work, readable_size, telling
 from locallearn.errors import UserError
 
 _BLOCK = 1 << 20
@@ -188,8 +188,8 @@ def check_space(directory: Path, num_bytes: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if num_bytes > free:
         raise UserError(
-            f"{what} needs {gib(num_bytes)} in {directory}, where {gib(free)} are free. Free "
-            f"some space, or choose a directory on another disk."
+            f"{what} needs {readable_size(num_bytes)} in {directory}, where {readable_size(free)} "
+            f"are free. Free some space, or choose a directory on another disk."
         )
 
 
@@ -317,10 +317,15 @@ def _range_start(response: http.client.HTTPResponse) -> int | None:
 
 
 def _unreachable(archive: Archive, part: Path, reason: str, size: int) -> UserError:
-    kept = f" What has come ({gib(size)}) is kept, and the next start goes on." if size else ""
+    kept = (
+        f" What has come ({readable_size(size)}) is kept, and the next start goes on."
+        if size
+        else ""
+    )
+    total = readable_size(archive.num_bytes)
     return UserError(
-        f"{archive.name} ({gib(archive.num_bytes)}) can't be downloaded from {archive.url} "
-        f"({reason}). Connect to the network, or put the file into {part.parent} by hand.{kept}"
+        f"{archive.name} ({total}) can't be downloaded from {archive.url} ({reason}). Connect to "
+        f"the network, or put the file into {part.parent} by hand.{kept}"
     )
 
 

@@ -77,7 +77,7 @@ def telling(listener: DataListener, work: Work) -> Iterator[Callable[[int], None
         listener.on_work_end(finished)
 
 
-def gib(num_bytes: int) -> str:
+def readable_size(num_bytes: int) -> str:
     """A number of bytes for people: KiB below a MiB, MiB below a GiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if num_bytes >= size:

@@ -29,8 +29,8 @@ _RULE_OPTIONS = ("basis", "setting", "temperature", "label_smoothing", "num_wave
 class TrainConfig:
     """The settings of a run; None means "the paper's", and :meth:`resolve` fills it in.
 
-    ``data_dir`` and ``cache`` are text, so that the whole is plain JSON. Meanings and units are those of the
-    command line's help.
+    ``data_dir`` and ``cache`` are text, so that the whole is plain JSON. Meanings and units are
+    those of the command line's help.
     """
 
     dataset: str = "digits"
