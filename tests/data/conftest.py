@@ -130,6 +130,11 @@ def listener() -> Listener:
 
 
 @pytest.fixture
+def make_listener() -> type[Listener]:
+    return Listener
+
+
+@pytest.fixture
 def interrupting() -> Callable[[str, int], Listener]:
     """Makes a listener that Ctrl-C reaches once so much of a work is done."""
 

@@ -132,10 +132,11 @@ def test_what_lies_on_the_disk(root, place, listener) -> None:
     assert listener.verbs == ["decoding"]
     assert listener.done == [[24]]
     directory, headers = sorted(place.iterdir(), key=lambda path: path.is_file())
-    assert headers.name.endswith(".headers.npy")
+    assert json.loads(headers.read_text())["rows"][:2] == [[20, 30, False], [40, 18, False]]
     assert names(directory) == ["cache.json", "index.npy", "pixels.u8"]
     index = np.load(directory / "index.npy")
-    assert index[:3].tolist() == [[22, 33, 0], [48, 22, 0], [22, 22, 0]] or len(index) == 24
+    sizes = torch.stack([data.train.heights, data.train.widths, data.train.labels], dim=1)
+    assert index[:12].tolist() == sizes.tolist()
     pixels = np.fromfile(directory / "pixels.u8", np.uint8)
     split = data.train.pixels.numel()
     assert np.array_equal(pixels[:split], data.train.pixels.flatten().numpy())
@@ -206,23 +207,35 @@ def test_another_size_and_changed_files_are_another_cache(root, place) -> None:
 # -- what goes wrong ----------------------------------------------------------------------------
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
+
+def write(content: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(content)
+
+
+def save(array: np.ndarray) -> Callable[[Path], None]:
+    return lambda path: np.save(path, array)
+
+
+OTHER = '{"format": "locallearn-cache", "format_version": 2, "num_channels": 3, "resize": 16}'
 
 DAMAGE = [
-    ("pixels.u8", truncate, r"pixels.u8 has [\d,]+ bytes, expected [\d,]+"),
-    ("pixels.u8", Path.unlink, r"pixels.u8"),
-    ("index.npy", truncate, r"index.npy can't be read"),
-    ("index.npy", lambda path: path.write_bytes(b""), r"index.npy can't be read"),
-    ("index.npy", lambda path: np.save(path, np.zeros((3, 3), int)), r"index.npy holds something"),
-    ("index.npy", lambda path: np.save(path, np.zeros((24, 3))), r"index.npy holds something else"),
-    ("index.npy", lambda path: np.save(path, np.full((24, 3), 9)), r"index.npy holds other labels"),
-    ("index.npy", Path.unlink, r"index.npy can't be read"),
-    ("cache.json", truncate, r"damaged"),
-    ("cache.json", lambda path: path.write_text("{}"), r"'format'"),
-    ("cache.json", lambda path: path.write_text("[]"), r"damaged"),
-    ("cache.json", Path.unlink, r"cache.json"),
+    ("pixels.u8", halve, r"pixels.u8 has [\d,]+ bytes, expected [\d,]+"),
+    ("pixels.u8", Path.unlink, r"pixels.u8 is missing"),
+    ("index.npy", halve, r"index.npy can't be read"),
+    ("index.npy", write(""), r"index.npy can't be read"),
+    ("index.npy", save(np.zeros((3, 3), int)), r"index.npy holds something else"),
+    ("index.npy", save(np.zeros((24, 3))), r"index.npy holds something else"),
+    ("index.npy", save(np.full((24, 3), 9)), r"index.npy holds other labels"),
+    ("index.npy", Path.unlink, r"index.npy is missing"),
+    ("cache.json", halve, r"cache.json can't be read"),
+    ("cache.json", write("{}"), r"cache.json can't be read"),
+    ("cache.json", write("[]"), r"cache.json can't be read"),
+    ("cache.json", write(OTHER), r"cache.json is of another version"),
+    ("cache.json", write(OTHER.replace("2", "1").replace("16", "9")), r"cache.json tells another"),
+    ("cache.json", Path.unlink, r"cache.json is missing"),
 ]
 
 
@@ -231,23 +244,22 @@ def test_a_damaged_cache_is_one_line(root, place, name, damage, message) -> None
     load(root, place)
     (directory,) = (path for path in place.iterdir() if path.is_dir())
     damage(directory / name)
-    if name == "cache.json" and (directory / name).is_file():
-        (directory / name).write_text((directory / name).read_text().rstrip("}"))
     with pytest.raises(UserError, match=message) as error:
         load(root, place)
     line = str(error.value)
     assert line.startswith(f"the cache {directory} is damaged (")
-    assert line.endswith("Delete that directory; it is made anew.")
+    assert line.endswith("). Delete that directory; it is made anew.")
     assert "\n" not in line
     shutil.rmtree(directory)
     load(root, place)
 
 
-def test_damaged_headers_are_one_line(root, place) -> None:
+@pytest.mark.parametrize("damage", [halve, write('{"num_rows": 2, "rows": []}'), write("[]")])
+def test_damaged_headers_are_one_line(root, place, damage) -> None:
     load(root, place)
-    (path,) = place.glob("*.headers.npy")
-    truncate(path)
-    with pytest.raises(UserError, match=r"headers.npy is damaged \(.*\). Delete that file; it is"):
+    (path,) = place.glob("*.json")
+    damage(path)
+    with pytest.raises(UserError, match=r"json is damaged \(.*\). Delete that file; it is made an"):
         load(root, place)
 
 
@@ -256,14 +268,14 @@ def test_broken_images_leave_no_cache(root, place, listener) -> None:
     path.write_bytes(path.read_bytes()[:100])  # the header is whole
     with pytest.raises(UserError, match=r"unreadable images: .*pear/002.png. Remove or replace"):
         load(root, place, listener=listener)
-    assert [name for name in names(place) if not name.endswith(".headers.npy")] == []
+    assert all(name.endswith(".json") for name in names(place))
     assert listener.finished == [False]
 
 
 def test_an_interrupted_one_leaves_nothing(root, place, interrupting) -> None:
     with pytest.raises(KeyboardInterrupt):
         load(root, place, listener=interrupting("decoding", 1))
-    assert all(name.endswith(".headers.npy") for name in names(place))
+    assert all(name.endswith(".json") for name in names(place))
 
 
 def test_what_killed_processes_left_is_removed(root, place) -> None:
@@ -333,7 +345,6 @@ def test_a_run_may_change_its_cache(make_folder, tmp_path, monkeypatch, capsys) 
     weights = []
     for name, places in {
         "without": (None, None),
-        "with": ("cache", None),
         "late": (None, "cache"),
         "moved": ("cache", "cache2"),
         "off": ("cache", ""),
@@ -349,13 +360,13 @@ def test_a_run_may_change_its_cache(make_folder, tmp_path, monkeypatch, capsys) 
         weights.append(load_file(Path(name, "model.safetensors")))
     for other in weights[1:]:
         assert all(torch.equal(other[key], weights[0][key]) for key in other)
-    saved = json.loads(Path("with/config.json").read_text())["settings"]
+    saved = json.loads(Path("moved/config.json").read_text())["settings"]
     assert saved["cache"] == str(tmp_path / "cache")
     assert names(Path("cache")) == names(Path("cache2"))
     shutil.rmtree("cache2")
 
     outputs = []
-    for arguments in (["without"], ["with"], ["with", "--cache", ""]):
+    for arguments in (["without"], ["moved"], ["moved", "--cache", ""]):
         assert main(["evaluate", *arguments]) == 0
         outputs.append(capsys.readouterr().out.split(": ", 1)[1])
     assert outputs[0] == outputs[1] == outputs[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import os
@@ -203,6 +204,20 @@ def test_two_processes_at_one_download(server, tmp_path) -> None:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"a.zip.part is being downloaded by another process"):
             fetch(archive, tmp_path)
+        assert names(tmp_path) == ["a.zip.part"]  # the other's, though it is empty still
+
+
+def test_a_disk_that_fills_up_is_named(server, tmp_path, make_zip, make_listener) -> None:
+    def fill(work: Work, done: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    archive = server.archive("a.zip", make_zip(FILES))
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a.zip.part'"):
+        fetch(archive, tmp_path, make_listener(fill))
+    fetch(archive, tmp_path)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a'"):
+        unpack(tmp_path / "a.zip", "a", make_listener(fill))
+    assert names(tmp_path) == ["a.zip", "a.zip.verified"]
 
 
 def test_disk_space_is_looked_at_first(server, tmp_path, monkeypatch) -> None:

@@ -87,6 +87,18 @@ def test_labels_and_split(root: Path, capfd) -> None:
     assert capfd.readouterr() == ("", "")  # pycocotools would print
 
 
+def test_with_a_cache_annotations_are_read_once(root: Path, tmp_path: Path, listener) -> None:
+    plain = load(root)
+    for _ in range(2):
+        data = load(root, cache=tmp_path / "cache", listener=listener)
+        assert data.fingerprint() == plain.fingerprint()
+    assert listener.verbs == ["reading", "reading", "decoding"]
+    edit("train2014", lambda content: content["annotations"].pop(1))(root)
+    changed = load(root, cache=tmp_path / "cache")
+    assert changed.train.labels.tolist() == [0, 0, 0, 1, 0, 0, 1]
+    assert changed.fingerprint() == load(root).fingerprint()
+
+
 def test_recipes_are_the_papers(root: Path) -> None:
     crop_and_flip = Augmentation(random_crop=True, flip=True)
     for augment, resize, recipe in (

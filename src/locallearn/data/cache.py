@@ -4,9 +4,10 @@
         cache.json           what it is
         index.npy            (M, 3), int64: height, width, label of each image
         pixels.u8            the images' rows one after the other, uint8, (P, C)
-    DIR/NAME-KEY.headers.npy (M, 3), int32: height, width, is_gray of each file, as it says itself
+    DIR/NAME-KEY.json        rows of what else is slow to find out: each file's size and channels as
+                             its header tells them, the labels that annotations amount to
 
-Both appear under their names when they are whole. Shapes: M images, P pixels of all of them,
+All appear under their names when they are whole. Shapes: M images, P pixels of all of them,
 C channels.
 """
 
@@ -26,15 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from locallearn.data.download import check_space
+from locallearn.data.download import check_space, naming
 from locallearn.data.images import FileImages, MappedImages
-from locallearn.data.reading import (
-    ImageHeader,
-    check_readable,
-    read_chunks,
-    read_image,
-    try_read,
-)
+from locallearn.data.reading import check_readable, read_chunks, read_image, try_read
 from locallearn.errors import UserError
 
 _FORMAT, _FORMAT_VERSION = "locallearn-cache", 1
@@ -77,34 +72,39 @@ class ImageCache:
         key = hashlib.sha256(f"{self.digest} {what}".encode()).hexdigest()[:_KEY_DIGITS]
         return self.directory / f"{self.name}-{key}"
 
-    def headers(self, scan: Callable[[], list[ImageHeader]], num: int) -> list[ImageHeader]:
-        """The headers of the ``num`` files; ``scan`` reads them where they are not here.
+    def rows(self, what: str, make: Callable[[], list[Any]]) -> list[Any]:
+        """The rows of a table that follows from the files: plain values, as JSON has them.
+
+        Arguments:
+            what: tells it from others.
+            make: its rows, where they are not here.
 
         Raises:
-            UserError: a damaged file here, or what ``scan`` raises.
+            UserError: a damaged file here, or what ``make`` raises.
             OSError: as the file system says.
         """
-        path = self._path("headers")
-        path = path.with_name(f"{path.name}.headers.npy")
+        path = self._path(what)
+        path = path.with_name(f"{path.name}.json")
         if path.exists():
             try:
-                array = _load_array(path, num)
-            except ValueError as error:
+                document = json.loads(path.read_text())
+                if document["num_rows"] != len(document["rows"]):
+                    raise ValueError("rows are missing")
+            except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"the cache {path} is damaged ({error}). Delete that file; it is made anew."
                 ) from error
-            return [ImageHeader(h, w, bool(gray)) for h, w, gray in array.tolist()]
-        headers = scan()
+            return list(document["rows"])
+        rows = make()
         self.directory.mkdir(parents=True, exist_ok=True)
         temporary = self._temporary(path)
         try:
-            with open(temporary, "wb") as file:
-                np.save(file, np.array(headers, np.int32).reshape(-1, 3))
+            temporary.write_text(json.dumps({"num_rows": len(rows), "rows": rows}))
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
-        return headers
+        return rows
 
     def images(self, files: FileImages, num_bytes: int, tell: Callable[[], Any]) -> MappedImages:
         """The decoded images of ``files``, which are all of the dataset's.
@@ -126,7 +126,7 @@ class ImageCache:
             self._make(path, files, tell)
         try:
             return _open(path, files)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise UserError(
                 f"the cache {path} is damaged ({error}). Delete that directory; it is made anew."
             ) from error
@@ -140,7 +140,11 @@ class ImageCache:
             sizes: list[tuple[int, int]] = []
             broken: list[bool] = []
             decode = try_read(read_image, files.num_channels, files.resize)
-            with open(temporary / "pixels.u8", "wb") as file, tell() as advance:
+            with (
+                naming(path),
+                open(temporary / "pixels.u8", "wb") as file,
+                tell() as advance,
+            ):
                 for chunk in read_chunks(files.paths, decode):
                     for image in chunk:
                         broken.append(image is None)
@@ -179,11 +183,19 @@ class ImageCache:
 
 
 def _open(path: Path, files: FileImages) -> MappedImages:
-    """Raises OSError, ValueError, KeyError or TypeError where it is not whole."""
-    about = json.loads((path / "cache.json").read_text())
-    if about["format"] != _FORMAT or about["format_version"] != _FORMAT_VERSION:
+    """Raises ValueError where it is not whole."""
+    for name in ("cache.json", "index.npy", "pixels.u8"):
+        if not (path / name).is_file():
+            raise ValueError(f"{name} is missing")
+    try:
+        about = json.loads((path / "cache.json").read_text())
+        version = about["format"], about["format_version"]
+        size = about["num_channels"], about["resize"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError("cache.json can't be read") from error
+    if version != (_FORMAT, _FORMAT_VERSION):
         raise ValueError("cache.json is of another version")
-    if (about["num_channels"], about["resize"]) != (files.num_channels, files.resize):
+    if size != (files.num_channels, files.resize):
         raise ValueError("cache.json tells another size")
     index = torch.from_numpy(_load_array(path / "index.npy", len(files)))
     if not torch.equal(index[:, 2], files.labels):

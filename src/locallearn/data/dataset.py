@@ -149,7 +149,7 @@ def load_dataset(
         name: one of :func:`list_datasets`.
         data_dir: where the files are, or are downloaded to.
         augment: "none", "basic" or "standard"; the dataset's default where None.
-        image_size: for folders, height and width to train at, pixels.
+        image_size: for folder and vww, height and width to train at, pixels.
         limit_train, limit_test: keep so many images at most, stratified by class.
         val_split: share of the training set to hold out, stratified, chosen by ``seed``.
         seed: of the validation split.

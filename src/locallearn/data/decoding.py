@@ -67,7 +67,8 @@ class ImageFiles:
         if self._cache is None:
             self.headers = scan()
         else:
-            self.headers = self._cache.headers(scan, len(self.paths))
+            rows = self._cache.rows("headers", scan)
+            self.headers = [ImageHeader(*row) for row in rows]
 
     def decode(self, num_channels: int, resize: int | None, notes: list[str]) -> list[ImageSource]:
         """Each part in memory, or streaming where all of them together are too large for it.

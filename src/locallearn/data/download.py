@@ -116,9 +116,9 @@ def fetch(archive: Archive, directory: Path, listener: DataListener = SILENT) ->
         part = _part(path)
         made = _make_directories(directory)
         try:
-            _download(archive, part, listener)
+            with naming(part):
+                _download(archive, part, listener)
         except BaseException:
-            _remove_if_empty(part)
             for each in made:
                 with contextlib.suppress(OSError):  # the part is in it
                     each.rmdir()
@@ -162,7 +162,7 @@ def unpack(archive: Path, folder: str, listener: DataListener = SILENT) -> Path:
                 num_bytes = sum(member.file_size for member in members)
                 check_space(archive.parent, num_bytes, f"{archive.name} unpacked")
                 work = Work("unpacking", archive.name, "bytes", num_bytes, target=target)
-                with telling(listener, work) as tell:
+                with naming(target), telling(listener, work) as tell:
                     _extract(content, members, temporary, tell)
             os.rename(temporary / folder, target)
         except (
@@ -198,7 +198,11 @@ def check_space(directory: Path, num_bytes: int, what: str) -> None:
 
 def _download(archive: Archive, part: Path, listener: DataListener) -> None:
     """Leaves the whole, verified file in ``part``."""
-    with open(part, "ab") as file, _only_one(file, f"{part} is being downloaded"):
+    with (
+        open(part, "ab") as file,
+        _only_one(file, f"{part} is being downloaded"),
+        _removed_if_empty(part),
+    ):
         begun = os.fstat(file.fileno()).st_size
         if begun > archive.num_bytes:  # no beginning of this file
             file.truncate(0)
@@ -448,7 +452,24 @@ def _make_directories(directory: Path) -> list[Path]:
     return missing
 
 
-def _remove_if_empty(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        if path.stat().st_size == 0:
-            path.unlink()
+@contextlib.contextmanager
+def _removed_if_empty(path: Path) -> Iterator[None]:
+    """Within: what fails before it wrote anything leaves no file."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if path.stat().st_size == 0:
+                path.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within: a failure to write (a full disk) that names no file names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

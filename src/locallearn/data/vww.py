@@ -24,10 +24,12 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from locallearn.data.augment import Augmentation
+from locallearn.data.cache import ImageCache, digest_of_files
 from locallearn.data.dataset import (
     Dataset,
     DatasetSpec,
@@ -141,27 +143,44 @@ def _listing(parts: Iterable[tuple[Path, list[tuple[int, tuple[str, int]]]]]) ->
 
 
 def _read_annotations(path: Path, folder: Path, request: LoadRequest) -> _Images:
-    """The images of a COCO file, by id, and their labels.
-
-    An image's ``width`` and ``height`` and a box's [left, top, width, height] are in pixels.
+    """The images of a COCO file, by id, and their labels; from the cache where they are there.
 
     Raises:
-        UserError: the file is missing, truncated, of another kind, or knows no persons.
+        UserError: the file is missing, or as :func:`_label_images`.
     """
-    from pycocotools.coco import COCO
-
     if not path.is_file():
         raise UserError(
             f"{path} is missing. Restore it, or remove {path.parent} to have it unpacked (or "
             f"downloaded) anew."
         )
-    num_bytes = path.stat().st_size
+
+    def make() -> list[Any]:
+        work = Work("reading", path.name, "bytes", path.stat().st_size)
+        with telling(request.listener, work):
+            return _label_images(path)
+
+    if request.cache is None:
+        rows = make()
+    else:
+        digest = digest_of_files(path.parent, [path])
+        cache = ImageCache(request.cache, "vww", path.parent, digest)
+        rows = cache.rows(f"persons over {_MIN_AREA_SHARE}", make)
+    return _Images(folder, {number: (name, label) for number, name, label in rows})
+
+
+def _label_images(path: Path) -> list[Any]:
+    """(id, file name, label) of each image of a COCO file, by rising id.
+
+    An image's ``width`` and ``height`` and a box's [left, top, width, height] are in pixels.
+
+    Raises:
+        UserError: the file is truncated, of another kind, or knows no persons.
+    """
+    from pycocotools.coco import COCO
+
     restore = f"Remove {path.parent} to have it unpacked (or downloaded) anew."
     try:
-        with (
-            telling(request.listener, Work("reading", path.name, "bytes", num_bytes)),
-            contextlib.redirect_stdout(io.StringIO()),  # pycocotools prints what it does
-        ):
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
             coco = COCO(str(path))
     except (ValueError, AssertionError, KeyError, TypeError) as error:
         broken = isinstance(error, ValueError)
@@ -176,7 +195,7 @@ def _read_annotations(path: Path, folder: Path, request: LoadRequest) -> _Images
             )
         if not coco.imgs or not coco.anns:
             raise KeyError("images, annotations")
-        by_id = {}
+        rows = []
         for number in sorted(coco.imgs):
             image = coco.imgs[number]
             least = _MIN_AREA_SHARE * image["width"] * image["height"]
@@ -186,12 +205,12 @@ def _read_annotations(path: Path, folder: Path, request: LoadRequest) -> _Images
                 if each["category_id"] in persons
             ]
             label = any(width * height > least for _, _, width, height in boxes)
-            by_id[int(number)] = (str(image["file_name"]), int(label))
+            rows.append((int(number), str(image["file_name"]), int(label)))
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not COCO's annotations of objects. {restore}") from error
-    return _Images(folder, by_id)
+    return rows
 
 
 def _read_minival(path: Path, val: _Images) -> set[int]:
