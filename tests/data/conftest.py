@@ -104,7 +104,7 @@ class Listener:
     def __init__(self, at: Callable[[Work, int], None] | None = None) -> None:
         self.works: list[Work] = []
         self.done: list[list[int]] = []
-        self.finished: list[bool] = []
+        self.errors: list[BaseException | None] = []
         self._at = at
 
     def on_work(self, work: Work) -> None:
@@ -116,8 +116,8 @@ class Listener:
         if self._at is not None:
             self._at(self.works[-1], done)
 
-    def on_work_end(self, finished: bool) -> None:
-        self.finished.append(finished)
+    def on_work_end(self, error: BaseException | None) -> None:
+        self.errors.append(error)
 
     @property
     def verbs(self) -> list[str]:

@@ -269,7 +269,7 @@ def test_broken_images_leave_no_cache(root, place, listener) -> None:
     with pytest.raises(UserError, match=r"unreadable images: .*pear/002.png. Remove or replace"):
         load(root, place, listener=listener)
     assert all(name.endswith(".json") for name in names(place))
-    assert listener.finished == [False]
+    assert [type(error) for error in listener.errors] == [UserError]
 
 
 def test_an_interrupted_one_leaves_nothing(root, place, interrupting) -> None:
@@ -335,8 +335,10 @@ def test_where_it_can_not_be(root, tmp_path) -> None:
 # -- runs ---------------------------------------------------------------------------------------
 
 
-def test_a_run_may_change_its_cache(make_folder, tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("free", [2**33, 0], ids=["memory", "mapped"])
+def test_a_run_may_change_its_cache(make_folder, tmp_path, monkeypatch, capsys, free) -> None:
     """Trained without, resumed with, evaluated with: always the same numbers."""
+    monkeypatch.setattr("locallearn.engine.building.free_memory_bytes", lambda: free)
     from locallearn.cli.console import QuietObserver
     from locallearn.engine import Interrupted, TrainConfig, Trainer
 
@@ -360,8 +362,9 @@ def test_a_run_may_change_its_cache(make_folder, tmp_path, monkeypatch, capsys) 
         weights.append(load_file(Path(name, "model.safetensors")))
     for other in weights[1:]:
         assert all(torch.equal(other[key], weights[0][key]) for key in other)
-    saved = json.loads(Path("moved/config.json").read_text())["settings"]
-    assert saved["cache"] == str(tmp_path / "cache")
+    saved = json.loads(Path("moved/config.json").read_text())
+    assert saved["data"]["in_memory"] == (free > 0)
+    assert saved["settings"]["cache"] == str(tmp_path / "cache")
     assert names(Path("cache")) == names(Path("cache2"))
     shutil.rmtree("cache2")
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from locallearn import UserError
 from locallearn.cli import main
-from locallearn.cli.console import TerminalObserver
+from locallearn.cli.console import PlainObserver, TerminalObserver
 from locallearn.data import download, tiny_imagenet
 from locallearn.data.download import Archive, check_space, fetch, provide, unpack
 from locallearn.data.listening import Work, readable_size
@@ -50,7 +50,7 @@ def test_a_file_is_fetched_verified_and_then_left_alone(server, listener, tmp_pa
     assert path.read_bytes() == CONTENT
     assert names(directory) == ["a.zip", "a.zip.verified"]
     assert listener.verbs == ["downloading", "checking"]
-    assert listener.finished == [True, True]
+    assert listener.errors == [None, None]
     work = listener.works[0]
     assert (work.origin, work.target, work.total) == (archive.url, directory, 300_000)
     assert listener.done[0] == list(range(0, 300_001, 10_000))
@@ -67,7 +67,7 @@ def test_ctrl_c_leaves_a_part_that_is_resumed(server, listener, interrupting, tm
     interrupted = interrupting("downloading", 100_000)
     with pytest.raises(KeyboardInterrupt):
         fetch(archive, tmp_path, interrupted)
-    assert interrupted.finished == [False]
+    assert [type(error) for error in interrupted.errors] == [KeyboardInterrupt]
     assert names(tmp_path) == ["a.zip.part"]
     assert (tmp_path / "a.zip.part").stat().st_size == 100_000
     assert fetch(archive, tmp_path, listener).read_bytes() == CONTENT
@@ -350,6 +350,18 @@ def test_the_command_line_says_what_it_downloads(
     assert not Path("elsewhere").exists()
 
 
+def test_ctrl_c_says_that_the_download_goes_on(tmp_path, capsys) -> None:
+    observer = PlainObserver()
+    for verb in ("downloading", "unpacking"):
+        observer.on_work(Work(verb, "a.zip", "bytes", 10))
+        observer.on_work_end(KeyboardInterrupt())
+    assert capsys.readouterr().out.splitlines() == [
+        "downloading a.zip (0 KiB)",
+        "stopped: what has come is kept, and the next start goes on from there",
+        "unpacking a.zip (0 KiB)",
+    ]
+
+
 def test_the_terminal_shows_a_bar(tmp_path) -> None:
     text = io.StringIO()
     observer = TerminalObserver(Console(file=text, force_terminal=True, width=120))
@@ -357,11 +369,11 @@ def test_the_terminal_shows_a_bar(tmp_path) -> None:
     observer.on_work(work)
     observer._last = 0.0
     observer.on_work_progress(2**20)
-    observer.on_work_end(True)
+    observer.on_work_end(None)
     shown = text.getvalue()
     assert "downloading a.zip (1.0 MiB) from http://x/a.zip to " in shown
     assert ", 512 KiB of it there already" in shown
     assert "1.0/1.0 MiB" in shown
     observer.on_work(Work("decoding", "10 images", "images", 10))
-    observer.on_work_end(False)
+    observer.on_work_end(KeyboardInterrupt())
     assert "decoding 10 images" in text.getvalue()

@@ -35,7 +35,7 @@ class QuietObserver:
     def on_work_progress(self, done: int) -> None:
         pass
 
-    def on_work_end(self, finished: bool) -> None:
+    def on_work_end(self, error: BaseException | None) -> None:
         pass
 
     def on_start(self, config: RunConfig, learner: LocalLearner, run: RunDirectory) -> None:
@@ -63,8 +63,15 @@ class QuietObserver:
 class PlainObserver(QuietObserver):
     """A line for each work on the data, for the start, for each note and for each epoch."""
 
+    _verb = ""
+
     def on_work(self, work: Work) -> None:
+        self._verb = work.verb
         self.print(work_line(work))
+
+    def on_work_end(self, error: BaseException | None) -> None:
+        if self._verb == "downloading" and isinstance(error, KeyboardInterrupt):
+            self.print("stopped: what has come is kept, and the next start goes on from there")
 
     def on_start(self, config: RunConfig, learner: LocalLearner, run: RunDirectory) -> None:
         for line in start_lines(config, learner, run.path):
@@ -123,10 +130,11 @@ class TerminalObserver(PlainObserver):
             self._last = now
             self._work.update(self._work.task_ids[0], completed=done)
 
-    def on_work_end(self, finished: bool) -> None:
+    def on_work_end(self, error: BaseException | None) -> None:
         if self._work is not None:
             self._work.stop()
             self._work = None
+        super().on_work_end(error)
 
     def on_start(self, config: RunConfig, learner: LocalLearner, run: RunDirectory) -> None:
         super().on_start(config, learner, run)

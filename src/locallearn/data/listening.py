@@ -44,8 +44,8 @@ class DataListener(Protocol):
         """So much of the total is done; less than before where a download starts over."""
         ...
 
-    def on_work_end(self, finished: bool) -> None:
-        """It is over: finished, or broken off by an error or by the user."""
+    def on_work_end(self, error: BaseException | None) -> None:
+        """It is over: finished, or broken off by this error (or KeyboardInterrupt)."""
         ...
 
 
@@ -58,7 +58,7 @@ class SilentListener:
     def on_work_progress(self, done: int) -> None:
         pass
 
-    def on_work_end(self, finished: bool) -> None:
+    def on_work_end(self, error: BaseException | None) -> None:
         pass
 
 
@@ -69,12 +69,12 @@ SILENT = SilentListener()
 def telling(listener: DataListener, work: Work) -> Iterator[Callable[[int], None]]:
     """Within: the work goes on; yields what is to be called with how much is done."""
     listener.on_work(work)
-    finished = False
     try:
         yield listener.on_work_progress
-        finished = True
-    finally:
-        listener.on_work_end(finished)
+    except BaseException as error:
+        listener.on_work_end(error)
+        raise
+    listener.on_work_end(None)
 
 
 def readable_size(num_bytes: int) -> str:
