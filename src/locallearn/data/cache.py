@@ -88,13 +88,16 @@ class ImageCache:
         if path.exists():
             try:
                 document = json.loads(path.read_text())
-                if document["num_rows"] != len(document["rows"]):
-                    raise ValueError("rows are missing")
-            except (ValueError, KeyError, TypeError) as error:
+                rows = list(document["rows"])
+                whole = document["num_rows"] == len(rows)
+            except (ValueError, KeyError, TypeError):
+                whole = False
+            if not whole:
                 raise UserError(
-                    f"the cache {path} is damaged ({error}). Delete that file; it is made anew."
-                ) from error
-            return list(document["rows"])
+                    f"the cache {path} is damaged (it can't be read, or rows of it are missing). "
+                    f"Delete that file; it is made anew."
+                )
+            return rows
         rows = make()
         self.directory.mkdir(parents=True, exist_ok=True)
         temporary = self._temporary(path)
