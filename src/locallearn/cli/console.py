@@ -8,9 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 if TYPE_CHECKING:
+    from locallearn.data import Work
     from locallearn.engine import LocalLearner, Row, RunConfig, RunDirectory, Snapshot
 
 _REFRESH_SECONDS = 0.2
@@ -18,6 +28,15 @@ _REFRESH_SECONDS = 0.2
 
 class QuietObserver:
     """Says nothing; the other observers refine it."""
+
+    def on_work(self, work: Work) -> None:
+        pass
+
+    def on_work_progress(self, done: int) -> None:
+        pass
+
+    def on_work_end(self, error: BaseException | None) -> None:
+        pass
 
     def on_start(self, config: RunConfig, learner: LocalLearner, run: RunDirectory) -> None:
         pass
@@ -42,7 +61,17 @@ class QuietObserver:
 
 
 class PlainObserver(QuietObserver):
-    """A line for the start, for each note and for each epoch."""
+    """A line for each work on the data, for the start, for each note and for each epoch."""
+
+    _verb = ""
+
+    def on_work(self, work: Work) -> None:
+        self._verb = work.verb
+        self.print(work_line(work))
+
+    def on_work_end(self, error: BaseException | None) -> None:
+        if self._verb == "downloading" and isinstance(error, KeyboardInterrupt):
+            self.print("stopped: what has come is kept, and the next start goes on from there")
 
     def on_start(self, config: RunConfig, learner: LocalLearner, run: RunDirectory) -> None:
         for line in start_lines(config, learner, run.path):
@@ -74,6 +103,38 @@ class TerminalObserver(PlainObserver):
         )
         self._task: Any = None
         self._last = 0.0
+        self._work: Progress | None = None
+
+    def on_work(self, work: Work) -> None:
+        super().on_work(work)
+        figures: list[ProgressColumn] = [MofNCompleteColumn()]
+        if work.unit == "bytes":
+            figures = [DownloadColumn(binary_units=True), TransferSpeedColumn()]
+        self._work = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            *figures,
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self._progress.console,
+            transient=True,
+            refresh_per_second=1 / _REFRESH_SECONDS,
+        )
+        self._work.add_task(work.verb, total=work.total, completed=work.begun)
+        self._work.start()
+
+    def on_work_progress(self, done: int) -> None:
+        now = time.monotonic()
+        # Unpacking tells of each of 120,000 files.
+        if self._work is not None and now - self._last >= _REFRESH_SECONDS:
+            self._last = now
+            self._work.update(self._work.task_ids[0], completed=done)
+
+    def on_work_end(self, error: BaseException | None) -> None:
+        if self._work is not None:
+            self._work.stop()
+            self._work = None
+        super().on_work_end(error)
 
     def on_start(self, config: RunConfig, learner: LocalLearner, run: RunDirectory) -> None:
         super().on_start(config, learner, run)
@@ -114,6 +175,17 @@ def make_observer(*, quiet: bool) -> QuietObserver:
         return QuietObserver()
     console = Console(file=sys.stdout)
     return TerminalObserver(console) if console.is_terminal else PlainObserver()
+
+
+def work_line(work: Work) -> str:
+    """What a work on the data is: "downloading a.zip (237 MiB) from http://... to /data"."""
+    from locallearn.data.listening import readable_size  # not above: it would wait for torch
+
+    size = f" ({readable_size(work.total)})" if work.unit == "bytes" else ""
+    begun = f", {readable_size(work.begun)} of it there already" if work.begun else ""
+    origin = f" from {work.origin}" if work.origin else ""
+    target = f" to {work.target}" if work.target else ""
+    return f"{work.verb} {work.what}{size}{origin}{target}{begun}"
 
 
 def start_lines(config: RunConfig, learner: LocalLearner, path: Path) -> list[str]:

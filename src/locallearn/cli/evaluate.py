@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from locallearn.cli.console import make_observer
 from locallearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +32,13 @@ def evaluate(
     data_dir: Annotated[
         str | None,
         typer.Option(help="Where the data is now, if it has moved.", show_default=False),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Where decoded images are kept, instead of the run's --cache; '' for nowhere.",
+            show_default=False,
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -59,7 +67,7 @@ def evaluate(
             check_target(Path(given), name)
     place = torch.device(choose_device(device))
     trained = load_trained(Path(run))
-    dataset = _load_data(trained, data_dir)
+    dataset = _load_data(trained, data_dir, cache)
     source = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[split]
     if source is None:
         raise UserError("the run held no validation images out (--val-split); use --split test.")
@@ -95,13 +103,19 @@ def evaluate(
         print(f"figures written to {json}")
 
 
-def _load_data(trained: Trained, data_dir: str | None) -> Dataset:
+def _load_data(trained: Trained, data_dir: str | None, cache: str | None) -> Dataset:
     """The run's data, seen as the run's network was trained to see it."""
     from locallearn.engine.building import load_data
 
     config = trained.config
     in_memory = config.data["in_memory"] if data_dir is None else None
-    dataset = load_data(config.settings, data_dir=data_dir, in_memory=in_memory)
+    dataset = load_data(
+        config.settings,
+        data_dir=data_dir,
+        cache=cache,
+        in_memory=in_memory,
+        listener=make_observer(quiet=False),
+    )
     if dataset.class_names != config.class_names:
         raise UserError(
             f"the data has other classes than the network was trained on: "

@@ -45,7 +45,19 @@ def train(
     ] = None,
     image_size: Annotated[
         int | None,
-        _option("folder only: height and width to train at, pixels. Default: the files'.", _DATA),
+        _option(
+            "folder and vww only: height and width to train at, pixels. "
+            "Default: the files', or 128.",
+            _DATA,
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        _option(
+            "Directory to keep decoded images in, so that later runs start in a second and never "
+            "decode; for datasets of image files. Default: none.",
+            _DATA,
+        ),
     ] = None,
     val_split: Annotated[
         float, _option("Share of the training set held out for validation. Default: 0.", _DATA)

@@ -22,12 +22,12 @@ from locallearn.data.dataset import (
     register_dataset,
     stratified_split,
 )
-from locallearn.data.folder import Listing, decode_parts, photo_recipes, scan_headers
+from locallearn.data.decoding import ImageFiles, Listing
+from locallearn.data.folder import IMAGENET_MEAN, IMAGENET_STD, photo_recipes
 from locallearn.data.folder import small_image_recipes as cifar_recipes
 from locallearn.data.images import InputSpec, MemoryImages
 from locallearn.errors import UserError
 
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _DIGITS_TEST_SHARE = 0.2
 _DIGITS_MAX = 16  # scikit-learn's pixel values run from 0 to 16
 
@@ -112,17 +112,12 @@ def _load_imagenette(request: LoadRequest) -> Dataset:
         for part in parts
     ]
     notes: list[str] = []
-    train, test = decode_parts(
-        *((listing, scan_headers(listing.paths)) for listing in listings),
-        num_channels=3,
-        resize=resize,
-        memory_limit_bytes=request.memory_limit_bytes,
-        notes=notes,
-    )
+    root = request.data_dir or default_data_dir()
+    train, test = ImageFiles("imagenette", root, listings, request).decode(3, resize, notes)
     return Dataset(
         name="imagenette",
         class_names=class_names,
-        inputs=InputSpec((side, side), 3, resize, _IMAGENET_MEAN, _IMAGENET_STD),
+        inputs=InputSpec((side, side), 3, resize, IMAGENET_MEAN, IMAGENET_STD),
         augmentation=augmentation,
         train=train,
         test=test,
@@ -171,7 +166,10 @@ register_dataset(
 )
 register_dataset(
     DatasetSpec(
-        "imagenette", "13,394 photos of 10 ImageNet classes, 128x128, downloaded", _load_imagenette
+        "imagenette",
+        "13,394 photos of 10 ImageNet classes, 128x128, downloaded",
+        _load_imagenette,
+        can_cache=True,
     )
 )
 for _summary, _dataset in (

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from locallearn.data.augment import AUGMENTATIONS, Augmentation
-from locallearn.data.images import FileImages, ImageSource, InputSpec, MemoryImages, decode_all
+from locallearn.data.images import (
+    FileImages,
+    ImageSource,
+    InputSpec,
+    MappedImages,
+    MemoryImages,
+    decode_all,
+)
+from locallearn.data.listening import SILENT, DataListener
 from locallearn.errors import UserError, unknown_name
 from locallearn.registry import Registry
 
@@ -63,12 +71,16 @@ class LoadRequest:
         augment: name of a recipe; the dataset's own default where None.
         image_size: height and width for data whose images have no common size, pixels.
         memory_limit_bytes: largest size of the decoded training images to keep in memory.
+        cache: directory of decoded images; None for none.
+        listener: is told of downloads and of whatever else takes long.
     """
 
     data_dir: Path | None
     augment: str | None
     image_size: int | None
     memory_limit_bytes: int
+    cache: Path | None = None
+    listener: DataListener = SILENT
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,7 @@ class DatasetSpec:
             limits and splits are applied, by :func:`load_dataset`.
         needs_data_dir: whether the user must say where the files are.
         can_resize: whether ``image_size`` means anything to it.
+        can_cache: whether ``cache`` does: it consists of image files.
     """
 
     name: str
@@ -89,6 +102,7 @@ class DatasetSpec:
     load: Callable[[LoadRequest], Dataset]
     needs_data_dir: bool = False
     can_resize: bool = False
+    can_cache: bool = False
 
 
 _DATASETS: Registry[DatasetSpec] = Registry("dataset")
@@ -126,6 +140,8 @@ def load_dataset(
     val_split: float = 0.0,
     seed: int = 0,
     memory_limit_bytes: int | None = None,
+    cache: str | Path | None = None,
+    listener: DataListener = SILENT,
 ) -> Dataset:
     """A dataset by name, ready to train on.
 
@@ -133,12 +149,14 @@ def load_dataset(
         name: one of :func:`list_datasets`.
         data_dir: where the files are, or are downloaded to.
         augment: "none", "basic" or "standard"; the dataset's default where None.
-        image_size: for folders, height and width to train at, pixels.
+        image_size: for folder and vww, height and width to train at, pixels.
         limit_train, limit_test: keep so many images at most, stratified by class.
         val_split: share of the training set to hold out, stratified, chosen by ``seed``.
         seed: of the validation split.
         memory_limit_bytes: decoded training images above this size stream from disk; by default
             a quarter of the machine's free memory.
+        cache: directory where the decoded images of a dataset of files are kept, or are put.
+        listener: is told of downloads and of whatever else takes long.
 
     Raises:
         UserError: unknown names, missing or unusable data, or numbers out of range.
@@ -150,6 +168,13 @@ def load_dataset(
         raise UserError(f"dataset {name!r} needs --data-dir, the directory of class folders.")
     if image_size is not None and not spec.can_resize:
         raise UserError(f"dataset {name!r} has a fixed image size; leave out --image-size.")
+    if cache is not None and not spec.can_cache:
+        files = ", ".join(each for each in list_datasets() if dataset_spec(each).can_cache)
+        raise UserError(
+            f"dataset {name!r} is not made of image files; leave out --cache, which is for {files}."
+        )
+    if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
+        raise UserError(f"--cache {cache} is a file; give a directory.")
     for argument, number in (
         ("limit-train", limit_train),
         ("limit-test", limit_test),
@@ -167,6 +192,8 @@ def load_dataset(
         memory_limit_bytes=(
             free_memory_bytes() // 4 if memory_limit_bytes is None else memory_limit_bytes
         ),
+        cache=Path(cache) if cache is not None else None,
+        listener=listener,
     )
     dataset = spec.load(request)
     if dataset.num_classes < 2:
@@ -224,16 +251,19 @@ _STATISTICS_SAMPLE = 10_000
 def channel_statistics(source: ImageSource) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over all pixels, of values in [0, 1].
 
-    Of images that stream from disk, a stratified sample of 10,000 is measured.
+    Of images that do not fit in memory, a stratified sample of 10,000 is measured.
     """
     if isinstance(source, FileImages):
         sample = stratified_order(source.labels, DATA_SEED)[:_STATISTICS_SAMPLE]
         source = decode_all(source.subset(sample))
+    elif isinstance(source, MappedImages):
+        sample = stratified_order(source.labels, DATA_SEED)[:_STATISTICS_SAMPLE]
+        source = source.subset(sample).read()
     assert isinstance(source, MemoryImages)
     means, stds = [], []
     values = torch.arange(256, dtype=torch.float64) / 255
     for channel in source.pixels.unbind(1):
-        share = torch.bincount(channel.int(), minlength=256).double() / len(channel)
+        share = torch.bincount(channel, minlength=256).double() / len(channel)
         mean = (share * values).sum()
         std = (share * (values - mean).square()).sum().sqrt().item()
         means.append(mean.item())

@@ -1,11 +1,10 @@
-"""`folder`: any directory of class folders, and the decoding that other file datasets share."""
+"""`folder`: any directory of class folders, and the recipes that other file datasets share."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,35 +19,21 @@ from locallearn.data.dataset import (
     register_dataset,
     stratified_split,
 )
-from locallearn.data.images import FileImages, ImageSource, InputSpec, decode_all
-from locallearn.data.reading import (
-    IMAGE_SUFFIXES,
-    ImageHeader,
-    read_all,
-    read_header,
-    resized,
-    some,
-    try_read,
-)
+from locallearn.data.decoding import ImageFiles, Listing
+from locallearn.data.images import InputSpec
+from locallearn.data.reading import IMAGE_SUFFIXES, some
 from locallearn.errors import UserError
 
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
 _TEST_SHARE = 0.2  # held out as the test part of a folder that has none
 _IGNORED_FILES = frozenset({"thumbs.db", "desktop.ini"})
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 # For images without a common size, as the authors train Imagenette: crops of 128, from images
 # whose shorter side is 132 ("basic") or 160 ("standard").
 _PHOTO_SIZE = 128
 _PHOTO_RESIZE = {"none": 128, "basic": 132, "standard": 160}
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The image files of one part of a dataset, and their labels."""
-
-    paths: list[Path]
-    labels: Tensor
-    class_names: tuple[str, ...]
 
 
 def photo_recipes(image_size: int) -> dict[str, tuple[int, Augmentation]]:
@@ -82,10 +67,16 @@ def load_folder(request: LoadRequest) -> Dataset:
     common size are taken as they are; others are scaled (see :func:`photo_recipes`).
     """
     assert request.data_dir is not None
-    train, test, notes = _find_parts(request.data_dir)
-    headers = scan_headers([*train.paths, *test.paths])
-    sizes = Counter((h.height, h.width) for h in headers)
-    num_channels = 1 if all(h.is_gray for h in headers) else 3
+    root, cache = request.data_dir, request.cache
+    if cache is not None and cache.resolve().is_relative_to(root.resolve()):
+        raise UserError(
+            f"--cache {cache} lies in the data directory {root}, where it would be taken for a "
+            f"class; put it elsewhere."
+        )
+    train, test, notes = _find_parts(root)
+    files = ImageFiles("folder", root, [train, test], request)
+    sizes = Counter((h.height, h.width) for h in files.headers)
+    num_channels = 1 if all(h.is_gray for h in files.headers) else 3
     augment = request.augment or "basic"
 
     resize: int | None
@@ -101,14 +92,7 @@ def load_folder(request: LoadRequest) -> Dataset:
                 f"images of {len(sizes)} sizes are scaled to {resize} pixels (shorter side) and "
                 f"cropped to {side}x{side}; --image-size chooses another size"
             )
-    sources = decode_parts(
-        (train, headers[: len(train.paths)]),
-        (test, headers[len(train.paths) :]),
-        num_channels=num_channels,
-        resize=resize,
-        memory_limit_bytes=request.memory_limit_bytes,
-        notes=notes,
-    )
+    sources = files.decode(num_channels, resize, notes)
     return Dataset(
         name="folder",
         class_names=train.class_names,
@@ -127,6 +111,7 @@ register_dataset(
         load_folder,
         needs_data_dir=True,
         can_resize=True,
+        can_cache=True,
     )
 )
 
@@ -198,11 +183,12 @@ def list_class_folders(root: Path) -> Listing:
         images: list[Path] = []
         for directory, subfolders, files in os.walk(folder, followlinks=True):
             subfolders.sort()
+            place = Path(directory)
             for name in sorted(files):
                 if name.startswith(".") or name.lower() in _IGNORED_FILES:
                     continue
-                path = Path(directory) / name
-                (images if path.suffix.lower() in IMAGE_SUFFIXES else foreign).append(path)
+                is_image = os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+                (images if is_image else foreign).append(place / name)
         if not images:
             empty.append(folder.name)
         paths += images
@@ -212,33 +198,3 @@ def list_class_folders(root: Path) -> Listing:
     if empty:
         raise UserError(f"class folders without images in {root}: {some(empty)}.")
     return Listing(paths, torch.tensor(labels), tuple(folder.name for folder in folders))
-
-
-def scan_headers(paths: Sequence[Path]) -> list[ImageHeader]:
-    """Every file's header. Raises UserError that names the files that are no images."""
-    return read_all(paths, try_read(read_header))
-
-
-def decode_parts(
-    *parts: tuple[Listing, list[ImageHeader]],
-    num_channels: int,
-    resize: int | None,
-    memory_limit_bytes: int,
-    notes: list[str],
-) -> list[ImageSource]:
-    """Each part in memory, or streaming where all of them together are too large for it."""
-    files = [FileImages(p.paths, p.labels, num_channels, resize) for p, _ in parts]
-    num_bytes = 0
-    for _, headers in parts:
-        for header in headers:
-            width, height = header.width, header.height
-            if resize is not None:
-                width, height = resized(width, height, resize)
-            num_bytes += width * height * num_channels
-    if num_bytes > memory_limit_bytes:
-        notes.append(
-            f"{num_bytes / 2**30:.1f} GiB of decoded images exceed the "
-            f"{memory_limit_bytes / 2**30:.1f} GiB set aside for them: they stream from disk"
-        )
-        return list(files)
-    return [decode_all(source) for source in files]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -183,7 +185,6 @@ class FileImages:
         recipe: Augmentation,
     ) -> Iterator[Crops]:
         device = self.labels.device
-        height, width = size
         items = [
             list(zip(index.tolist(), draw.place.tolist(), strict=True))
             for index, draw in zip(indices, draws, strict=True)
@@ -200,19 +201,7 @@ class FileImages:
         for crops, draw in zip(loader, draws, strict=True):
             if isinstance(crops, str):
                 raise UserError(f"unreadable image {crops}. Remove or replace it.")
-            batch = crops.to(device, non_blocking=True)
-            offsets = torch.arange(0, len(batch) * height * width, height * width, device=device)
-            corner = torch.zeros_like(offsets)
-            yield Crops(
-                batch.flatten(0, 2),
-                offsets,
-                torch.full_like(offsets, height),
-                torch.full_like(offsets, width),
-                corner,
-                corner,
-                draw.flip,
-                draw.box,
-            )
+            yield _crops_of(crops.to(device, non_blocking=True), draw)
 
     def fingerprint(self) -> str:
         crc = zlib.crc32(self.labels.cpu().numpy().data)
@@ -221,10 +210,136 @@ class FileImages:
         return f"{crc:08x}"
 
 
-def decode_all(source: FileImages) -> MemoryImages:
-    """All images of a source in memory. Raises UserError that names the unreadable ones."""
+# Batches that are gathered ahead of the one in use.
+_BATCHES_AHEAD = 2
+
+
+@dataclass
+class MappedImages:
+    """Images too many for memory, decoded once: gathered from a memory-mapped file.
+
+    Arguments:
+        files: what they were decoded from.
+        path: the mapped file.
+        pixels: (P, C), uint8, mapped; of all images of the file, one after the other.
+        offsets: (M,), int64, on the CPU: where each image begins in ``pixels``.
+        heights, widths: (M,), int64, on the CPU.
+        labels: (M,), int64.
+    """
+
+    files: FileImages
+    path: Path
+    pixels: np.ndarray
+    offsets: Tensor
+    heights: Tensor
+    widths: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor) -> MappedImages:
+        files = self.files.subset(indices)
+        parts = (t[indices] for t in (self.offsets, self.heights, self.widths, self.labels))
+        return MappedImages(files, self.path, self.pixels, *parts)
+
+    def to(self, device: torch.device) -> MappedImages:
+        return replace(self, labels=self.labels.to(device))
+
+    def read(self) -> MemoryImages:
+        """All of it, in memory. Read as a file: that is three times as fast as through the map."""
+        ends = self.offsets + self.heights * self.widths
+        spans = list(zip(self.offsets.tolist(), ends.tolist(), strict=True))
+        channels = self.files.num_channels
+        pixels = np.empty((sum(b - a for a, b in spans), channels), np.uint8)
+        place = 0
+        with open(self.path, "rb") as file:
+            for a, b in _joined(spans):
+                file.seek(a * channels)
+                file.readinto(pixels[place : place + b - a].data)
+                place += b - a
+        return MemoryImages(torch.from_numpy(pixels), self.heights, self.widths, self.labels)
+
+    def batches(
+        self,
+        indices: Sequence[Tensor],
+        draws: Sequence[Draws],
+        size: tuple[int, int],
+        recipe: Augmentation,
+    ) -> Iterator[Crops]:
+        device = self.labels.device
+        places = [
+            (index.cpu(), draw.place.cpu()) for index, draw in zip(indices, draws, strict=True)
+        ]
+        # One thread suffices: it waits for the disk, and copies without Python's lock.
+        with ThreadPoolExecutor(1, "gather") as pool:
+            ahead: deque[Future[Tensor]] = deque()
+            for number, draw in enumerate(draws):
+                for index, place in places[number + len(ahead) : number + 1 + _BATCHES_AHEAD]:
+                    ahead.append(pool.submit(self._gather, index, place, size, recipe))
+                yield _crops_of(ahead.popleft().result().to(device, non_blocking=True), draw)
+
+    def _gather(
+        self, index: Tensor, place: Tensor, size: tuple[int, int], recipe: Augmentation
+    ) -> Tensor:
+        """The crops of a batch, uint8 (B, H, W, C), on the CPU; black where there is no image."""
+        heights, widths = self.heights[index], self.widths[index]
+        top, left = crop_corner(heights, widths, size, place, recipe)
+        channels = self.files.num_channels
+        crops = torch.zeros(
+            (len(index), *size, channels),
+            dtype=torch.uint8,
+            pin_memory=self.labels.device.type == "cuda",
+        )
+        array = crops.numpy()
+        numbers = torch.stack([self.offsets[index], heights, widths, top, left], dim=1).tolist()
+        for crop, (offset, h, w, y, x) in zip(array, numbers, strict=True):
+            image = self.pixels[offset : offset + h * w].reshape(h, w, channels)
+            y0, x0, y1, x1 = max(y, 0), max(x, 0), min(y + size[0], h), min(x + size[1], w)
+            crop[y0 - y : y1 - y, x0 - x : x1 - x] = image[y0:y1, x0:x1]
+        return crops
+
+    def fingerprint(self) -> str:
+        return self.files.fingerprint()
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The same ranges, those that follow one another made one."""
+    begin, end = 0, 0
+    for a, b in spans:
+        if a != end:
+            yield begin, end
+            begin = a
+        end = b
+    yield begin, end
+
+
+def _crops_of(batch: Tensor, draw: Draws) -> Crops:
+    """Crops that were cut already, uint8 (B, H, W, C), as the op `augment` takes them."""
+    num, height, width, _ = batch.shape
+    area = height * width
+    offsets = torch.arange(0, num * area, area, device=batch.device)
+    corner = torch.zeros_like(offsets)
+    return Crops(
+        batch.flatten(0, 2),
+        offsets,
+        torch.full_like(offsets, height),
+        torch.full_like(offsets, width),
+        corner,
+        corner,
+        draw.flip,
+        draw.box,
+    )
+
+
+def decode_all(source: FileImages, tell: Callable[[int], None] | None = None) -> MemoryImages:
+    """All images of a source in memory; ``tell`` as :func:`read_all` has it.
+
+    Raises:
+        UserError: names the unreadable ones.
+    """
     decode = try_read(read_image, source.num_channels, source.resize)
-    images: list[np.ndarray] = read_all(source.paths, decode)
+    images: list[np.ndarray] = read_all(source.paths, decode, tell)
     heights = torch.tensor([image.shape[0] for image in images])
     widths = torch.tensor([image.shape[1] for image in images])
     pixels = np.concatenate([image.reshape(-1, source.num_channels) for image in images])

@@ -28,7 +28,7 @@ _FIRST_TURNED = 5
 
 # Files a reader process hands over at a time, and from how many on processes are worth starting.
 _CHUNK = 256
-_MIN_FILES_FOR_WORKERS = 2000
+MIN_FILES_FOR_WORKERS = 2000
 _MAX_WORKERS = 8
 _NAMED_IN_ERROR = 5
 
@@ -135,7 +135,7 @@ def _try_read(read: Callable[..., Any], args: tuple[Any, ...], path: Path) -> An
 
 def num_workers_for(num_files: int) -> int:
     """How many reader processes pay off for this many files."""
-    return 0 if num_files < _MIN_FILES_FOR_WORKERS else min(_MAX_WORKERS, os.cpu_count() or 1)
+    return 0 if num_files < MIN_FILES_FOR_WORKERS else min(_MAX_WORKERS, os.cpu_count() or 1)
 
 
 def worker_settings() -> dict[str, Any]:
@@ -152,12 +152,30 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def read_all(paths: Sequence[Path], read: Callable[[Path], Any]) -> list[Any]:
+def read_all(
+    paths: Sequence[Path], read: Callable[[Path], Any], tell: Callable[[int], None] | None = None
+) -> list[Any]:
     """``read`` of every file, in order, by worker processes where that pays.
+
+    Arguments:
+        paths: the files.
+        read: returns None for a file that can't be read.
+        tell: called on the way with the number of files that are read.
 
     Raises:
         UserError: names the files for which ``read`` returned None.
     """
+    results: list[Any] = []
+    for chunk in read_chunks(paths, read):
+        results += chunk
+        if tell is not None:
+            tell(len(results))
+    check_readable(paths, [result is None for result in results])
+    return results
+
+
+def read_chunks(paths: Sequence[Path], read: Callable[[Path], Any]) -> Iterator[list[Any]]:
+    """``read`` of every file, in order, some files at a time, by worker processes."""
     loader: DataLoader[list[Any]] = DataLoader(
         _Chunks(paths, read),
         batch_size=None,
@@ -165,11 +183,14 @@ def read_all(paths: Sequence[Path], read: Callable[[Path], Any]) -> list[Any]:
         num_workers=num_workers_for(len(paths)),
         **worker_settings(),
     )
-    results = [result for chunk in loader for result in chunk]
-    broken = [path for path, result in zip(paths, results, strict=True) if result is None]
+    yield from loader
+
+
+def check_readable(paths: Sequence[Path], is_broken: Sequence[bool]) -> None:
+    """Raises UserError that names the broken files, where there are any."""
+    broken = [path for path, bad in zip(paths, is_broken, strict=True) if bad]
     if broken:
         raise UserError(f"unreadable images: {some(broken)}. Remove or replace them.")
-    return results
 
 
 class _Chunks(TorchDataset[list[Any]]):

@@ -7,7 +7,15 @@ import sys
 
 import torch
 
-from locallearn.data import Dataset, ImageLoader, ImageSource, InputSpec, load_dataset
+from locallearn.data import (
+    SILENT,
+    DataListener,
+    Dataset,
+    ImageLoader,
+    ImageSource,
+    InputSpec,
+    load_dataset,
+)
 from locallearn.data.dataset import free_memory_bytes
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.finding import count_normalized
@@ -22,15 +30,22 @@ RECALIBRATION_BATCHES = 50
 
 
 def load_data(
-    settings: TrainConfig, *, data_dir: str | None = None, in_memory: bool | None = None
+    settings: TrainConfig,
+    *,
+    data_dir: str | None = None,
+    cache: str | None = None,
+    in_memory: bool | None = None,
+    listener: DataListener = SILENT,
 ) -> Dataset:
     """The run's dataset.
 
     Arguments:
         settings: resolved.
         data_dir: where the files have moved.
+        cache: where decoded images are kept instead; empty for nowhere.
         in_memory: whether its images were kept decoded when the run was started, which is to stay
             so; None decides by the memory that is free now, on the host and on the device.
+        listener: is told of downloads and of whatever else takes long.
     """
     limit = free_memory_bytes() // 4
     if settings.device == "cuda":
@@ -47,6 +62,8 @@ def load_data(
         limit_test=settings.limit_test,
         val_split=settings.val_split,
         seed=settings.seed,
+        cache=(settings.cache if cache is None else cache) or None,
+        listener=listener,
     )
 
 

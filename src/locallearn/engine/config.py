@@ -41,12 +41,13 @@ _RULE_OPTIONS = (
 class TrainConfig:
     """The settings of a run; None means "the paper's", and :meth:`resolve` fills it in.
 
-    ``data_dir`` is text, so that the whole is plain JSON. Meanings and units are those of the
-    command line's help.
+    ``data_dir`` and ``cache`` are text, so that the whole is plain JSON. Meanings and units are
+    those of the command line's help.
     """
 
     dataset: str = "digits"
     data_dir: str | None = None
+    cache: str | None = None
     model: str = "smallconv"
     rule: str = "lls"
     basis: str | None = None
@@ -135,6 +136,7 @@ class TrainConfig:
             **filled,
             activation=self.activation or rule.activation,
             data_dir=self.data_dir and str(Path(self.data_dir).expanduser().absolute()),
+            cache=str(Path(self.cache).expanduser().absolute()) if self.cache else None,
             epochs=self.epochs or paper_epochs(self.model, self.dataset),
             optimizer=optimizer,
             lr=lr if self.lr is None else self.lr,
@@ -173,6 +175,7 @@ class TrainConfig:
             "backend": "autograd",
             "compile": False,
             "data_dir": None,
+            "cache": None,
         }
         own = {name: settings[name] for name in portable}
         try:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from locallearn.data import Dataset, FileImages, MemoryImages
+from locallearn.data import DataListener, Dataset, MemoryImages
 from locallearn.engine.building import (
     build_learner,
     choose_run_backend,
@@ -64,8 +64,11 @@ class Snapshot:
     images_per_second: float
 
 
-class Observer(Protocol):
-    """Told what the loop does. All methods return at once."""
+class Observer(DataListener, Protocol):
+    """Told what the loop, and what the loading of the data before it, does.
+
+    All methods return at once.
+    """
 
     def on_start(self, config: RunConfig, learner: LocalLearner, run: RunDirectory) -> None: ...
 
@@ -215,7 +218,7 @@ class Trainer:
         run = RunDirectory(out)
         run.check_free()
         settings = settings.resolve()
-        dataset = load_data(settings)
+        dataset = load_data(settings, listener=observer)
         backend, reason = choose_run_backend(settings, dataset)
         settings = replace(settings, backend=backend)
         config = RunConfig(
@@ -228,7 +231,7 @@ class Trainer:
                 "num_test": len(dataset.test),
                 "augmentation": dataset.augmentation.describe(),
                 "fingerprint": dataset.fingerprint(),
-                "in_memory": not isinstance(dataset.train, FileImages),
+                "in_memory": isinstance(dataset.train, MemoryImages),
                 "notes": list(dataset.notes),
                 "backend_reason": reason,
             },
@@ -249,8 +252,9 @@ class Trainer:
         Arguments:
             directory: of the run.
             observer: is told.
-            given: settings that the user repeated; they must be the run's own, ``data_dir``
-                apart, whose data must only have the same content.
+            given: settings that the user repeated; they must be the run's own, apart from
+                ``data_dir``, whose data must only have the same content, and ``cache``, which
+                changes nothing but the time it takes.
 
         Raises:
             UserError: no run directory, other settings (named), other data, or a checkpoint that
@@ -258,10 +262,15 @@ class Trainer:
         """
         run = RunDirectory(directory)
         config = check_same_settings(run, given or {})
-        data_dir = (given or {}).get("data_dir")
         checkpoint = load_checkpoint(run.checkpoint_path) if run.checkpoint_path.exists() else None
         settings = config.settings.resolve()
-        dataset = load_data(settings, data_dir=data_dir, in_memory=config.data["in_memory"])
+        dataset = load_data(
+            settings,
+            data_dir=(given or {}).get("data_dir"),
+            cache=(given or {}).get("cache"),
+            in_memory=config.data["in_memory"],
+            listener=observer,
+        )
         if dataset.fingerprint() != config.data["fingerprint"]:
             raise UserError(
                 f"the data of {directory} has changed since it was started "
@@ -544,13 +553,14 @@ class Trainer:
 
 
 def check_same_settings(run: RunDirectory, given: dict[str, Any]) -> RunConfig:
-    """The run's config, if the given settings are its own (``data_dir`` may differ).
+    """The run's config, if the given settings are its own (``data_dir`` and ``cache`` may differ).
 
     Raises:
         UserError: names those that are not.
     """
     config = run.read_config()
-    repeated = {name: value for name, value in given.items() if name != "data_dir"}
+    places = ("data_dir", "cache")
+    repeated = {name: value for name, value in given.items() if name not in places}
     differing = differing_settings(config.settings, repeated)
     if differing:
         raise UserError(
