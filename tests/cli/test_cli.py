@@ -233,6 +233,56 @@ def test_evaluate_of_a_run_stopped_in_an_epoch(capsys) -> None:
     assert "stopped in the middle of an epoch" in assert_one_line_error(code, capsys.readouterr())
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"--rule": "local-losses", "--local-loss": "predsim"},
+        {"--rule": "local-losses", "--similarity": 2.0},
+        {"--rule": "lls-mxm", "--m-start": "identity"},
+        {"--rule": "pepita", "--update-order": "end", "--feedback-scale": 0.1},
+        {"--rule": "bp", "--bp-memory": "accumulate:3"},
+        {"--rule": "lls", "--group-blocks": 2, "--width": 0.5},
+        {"--rule": "drtp", "--activation": "relu", "--norm": "none"},
+    ],
+    ids=lambda flags: " ".join(map(str, flags.values())),
+)
+def test_flags_of_rules_and_blocks_reach_the_run_and_its_evaluation(flags, capsys) -> None:
+    given = [str(part) for pair in flags.items() for part in pair]
+    small = ["--epochs", "1", "--limit-train", "64", "--limit-test", "20"]
+    assert main(["train", *given, *small, "--out", "run"]) == 0
+    out = capsys.readouterr().out
+    settings = json.loads(Path("run/config.json").read_text())["settings"]
+    for name, value in flags.items():
+        assert settings[name[2:].replace("-", "_")] == value, name
+    assert main(["evaluate", "run"]) == 0
+    trained = re.search(r"test accuracy (\S+) %", out)
+    assert trained is not None
+    assert f"accuracy {trained[1]} %" in capsys.readouterr().out
+
+
+def test_the_start_tells_the_options_of_the_rule(capsys) -> None:
+    small = ["--epochs", "1", "--limit-train", "64", "--limit-test", "20"]
+    flags = ["--rule", "local-losses", "--local-loss", "predsim", "--group-blocks", "2"]
+    assert main(["train", *flags, *small]) == 0
+    out = capsys.readouterr().out
+    assert "rule     local-losses, local-loss predsim, group-blocks 2\n" in out
+    assert main(["train", "--rule", "dfa", *small]) == 0
+    assert "autograd in each block, once the output's error is known" in capsys.readouterr().out
+    assert main(["train", "--rule", "pepita", *small]) == 0
+    assert "layer by layer, in a second forward" in capsys.readouterr().out
+
+
+def test_the_usual_optimizer_is_the_rules(capsys) -> None:
+    small = ["--epochs", "1", "--limit-train", "64", "--limit-test", "20", "--quiet"]
+    usual = {"pepita": ("sgd", 0.01), "lls": ("schedulefree-adamw", 0.005)}
+    for rule, (optimizer, lr) in usual.items():
+        assert main(["train", "--rule", rule, *small, "--out", rule]) == 0
+        settings = json.loads(Path(rule, "config.json").read_text())["settings"]
+        assert (settings["optimizer"], settings["lr"]) == (optimizer, lr)
+    assert main(["train", "--rule", "pepita", "--optimizer", "sgd", *small, "--out", "own"]) == 0
+    assert json.loads(Path("own", "config.json").read_text())["settings"]["lr"] == 0.05
+
+
 def test_list(capsys) -> None:
     assert main(["list"]) == 0
     out = capsys.readouterr().out
@@ -241,7 +291,9 @@ def test_list(capsys) -> None:
     assert main(["list", "rules"]) == 0
     out = capsys.readouterr().out
     assert "M, K x K numbers" in out
-    assert "end to end" in out
+    assert "own output, label" in out
+    assert "later weights" in out
+    assert "as the tests measure it by perturbation" in out
     assert "smallconv" not in out
 
 
@@ -268,7 +320,7 @@ def text_file(path: str) -> str:
 
 BAD_INPUT = [
     (["train", "--model", "smalconv"], r"unknown model 'smalconv'. Did you mean 'smallconv'\?"),
-    (["train", "--rule", "lsl"], r"unknown rule 'lsl'. Did you mean 'lls'\? Valid: bp, lls"),
+    (["train", "--rule", "lsl"], r"unknown rule 'lsl'. Did you mean 'lls'\? Valid: bp, dfa"),
     (["train", "--dataset", "cifar"], r"unknown dataset 'cifar'. Did you mean 'cifar10'"),
     (["train", "--basis", "sine"], r"unknown basis 'sine'"),
     (["train", "--augment", "lots"], r"unknown augmentation 'lots'. .*basic, none, standard"),
@@ -286,6 +338,13 @@ BAD_INPUT = [
     (["train", "--resume", "a", "--out", "b"], r"--resume and --out exclude each other"),
     (["train", "--out", "/proc/none"], r"can't use /proc/none: .* What was written before is who"),
     (["train", "--rule", "bp", "--basis", "square"], r"rule 'bp' has no option 'basis'"),
+    (["train", "--bp-memory", "checkpoint"], r"rule 'lls' has no option 'bp_memory'; it has:"),
+    (["train", "--rule", "bp", "--bp-memory", "less"], r"unknown bp_memory 'less'. Valid: plain"),
+    (["train", "--rule", "bp", "--group-blocks", "2"], r"rule 'bp' has no such heads"),
+    (["train", "--group-blocks", "0"], r"--group-blocks must be at least 1, got 0"),
+    (["train", "--activation", "sigmoid"], r"unknown activation 'sigmoid'"),
+    (["train", "--norm", "layer"], r"unknown norm 'layer'"),
+    (["train", "--width", "0"], r"--width must be above 0, got 0"),
     (["evaluate", "nowhere"], r"nowhere does not exist; give a run directory or a file of one"),
     (["evaluate", "text.pt"], r"text.pt can't be read: it is truncated or no checkpoint"),
     (["evaluate", "text.safetensors"], r"is truncated or no safetensors file"),
@@ -460,7 +519,7 @@ def test_a_red_gate_shows_no_figures_and_fails(capsys, monkeypatch) -> None:
         (["cost", "--precision", "fp8"], "unknown precision 'fp8'"),
         (["cost", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["cost", "--image-size", "2"], "smallconv"),
-        (["bench", "--rules", "bp"], "rule 'bp' has no local update"),
+        (["bench", "--rules", "bp"], "rule 'bp' is no rule to compare"),
         (["bench", "--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["bench", "--batch-size", "1"], "--batch-size must be at least 2, got 1"),
         (["bench", "--backend", "autograd"], "bench compares the closed form"),

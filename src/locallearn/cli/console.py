@@ -202,7 +202,7 @@ def start_lines(config: RunConfig, learner: LocalLearner, path: Path) -> list[st
         f"{data['num_test']:,} test images, {len(config.class_names)} classes, "
         f"{config.inputs.num_channels}x{height}x{width}, augmentation: {data['augmentation']}",
         f"model    {s.model}: {num_params:,} parameters{additional}",
-        f"rule     {s.rule}{basis}",
+        f"rule     {s.rule}{basis}{_chosen(config)}",
         f"training {s.epochs} epochs, batch {s.batch_size}, {s.optimizer}, lr {s.lr:g}, "
         f"{s.precision} on {s.device} ({config.environment['device_name']})",
         f"update   {_update(config, learner)}",
@@ -210,12 +210,36 @@ def start_lines(config: RunConfig, learner: LocalLearner, path: Path) -> list[st
     ]
 
 
+def _chosen(config: RunConfig) -> str:
+    """Options of the rule, and of what its heads read, that are not the defaults."""
+    from locallearn.rules import build_rule
+
+    s = config.settings
+    usual = build_rule(s.rule).options()
+    chosen = {
+        name: value
+        for name, value in s.build_rule().options().items()
+        if value != usual[name] and name not in ("basis", "setting")
+    }
+    if s.group_blocks > 1:
+        chosen["group_blocks"] = s.group_blocks
+    if s.head_after_pool:
+        chosen["head_after_pool"] = "yes"
+    return "".join(f", {name.replace('_', '-')} {value}" for name, value in chosen.items())
+
+
 def _update(config: RunConfig, learner: LocalLearner) -> str:
     """How blocks are updated, and who chose it."""
+    from locallearn.rules import Requirement
+
     backend = config.settings.backend
     paths = list(learner.block_paths.values())
-    if not paths:
+    if learner.rule.requires is Requirement.END_TO_END:
         return f"backpropagation; the optimizer's step by backend {backend}"
+    if learner.rule.requires is Requirement.GLOBAL_ERROR:
+        return "autograd in each block, once the output's error is known"
+    if learner.rule.requires is Requirement.TWO_FORWARDS:
+        return "layer by layer, in a second forward"
     closed = paths.count("closed form")
     how = "autograd in each block"
     if closed:
