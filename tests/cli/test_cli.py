@@ -283,7 +283,8 @@ def test_the_usual_optimizer_is_the_rules(capsys) -> None:
     assert json.loads(Path("own", "config.json").read_text())["settings"]["lr"] == 0.05
 
 
-def test_list(capsys) -> None:
+def test_list(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     for name in [*list_models(), *list_rules(), *list_datasets()]:

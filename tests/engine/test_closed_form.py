@@ -66,7 +66,7 @@ def trajectory(backend: str, dtype: torch.dtype, rule: str) -> Tensor:
     return torch.stack(rows).double()
 
 
-@pytest.mark.parametrize("rule", ["lls", "lls-m", "lls-mxm", "local-losses"])
+@pytest.mark.parametrize("rule", ["lls", "lls-m", "lls-mxm", "lls-s", "local-losses"])
 def test_many_steps_in_float64_are_those_of_autograd(rule: str) -> None:
     expected = trajectory("autograd", torch.float64, rule)
     assert expected[-10:].mean() < 0.9 * expected[:10].mean(), "nothing was learned"

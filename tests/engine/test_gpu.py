@@ -97,7 +97,7 @@ def fresh(rule: str, model: str = "smallconv", **settings) -> LocalLearner:
 
 
 @pytest.mark.parametrize("model", ["smallconv", "mobilenet-v1"])
-@pytest.mark.parametrize("rule", ["lls", "lls-m", "lls-mxm", "local-losses"])
+@pytest.mark.parametrize("rule", ["lls", "lls-m", "lls-mxm", "lls-s", "local-losses"])
 def test_triton_is_the_choice_and_its_steps_are_the_references(model: str, rule: str) -> None:
     """In float32, one step of plain SGD: no further from float64 than twice autograd's own."""
     sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=1.0)}
@@ -125,7 +125,7 @@ def test_triton_is_the_choice_and_its_steps_are_the_references(model: str, rule:
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", ["smallconv", "mobilenet-v1"])
-@pytest.mark.parametrize("rule", ["bp", "lls", "lls-mxm"])
+@pytest.mark.parametrize("rule", ["bp", "lls", "lls-mxm", "lls-s", "dfa", "drtp"])
 def test_a_graphed_step_is_the_plain_one(
     rule: str, model: str, precision: str, overlap: bool
 ) -> None:
