@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from locallearn import LocalLearner, UserError, build_model
+from locallearn import LocalLearner, UserError, build_model, build_rule
 from locallearn.analysis import step_cost
 from locallearn.data import load_dataset
 from locallearn.engine import TrainConfig
@@ -19,6 +19,7 @@ from locallearn.engine.learner import COMPILE_AFTER
 from locallearn.engine.measuring import peak_memory_bytes
 from locallearn.engine.units import has_closed_form
 from locallearn.models import Block, BlockNetwork, ConvBlock, DepthwiseSeparableBlock, LinearBlock
+from locallearn.rules import Rule
 
 NUM_STEPS = 100
 
@@ -43,7 +44,7 @@ def network() -> nn.Module:
 
 
 @functools.cache
-def trajectory(backend: str, dtype: torch.dtype, rule: str) -> Tensor:
+def trajectory(backend: str, dtype: torch.dtype, rule: str | Rule) -> Tensor:
     """(steps, 1 + blocks): the losses of a training, the same for every backend but for rounding.
 
     Plain SGD, whose steps are as small as the gradients: Adam's first steps are as large as the
@@ -66,8 +67,12 @@ def trajectory(backend: str, dtype: torch.dtype, rule: str) -> Tensor:
     return torch.stack(rows).double()
 
 
-@pytest.mark.parametrize("rule", ["lls", "lls-m", "lls-mxm", "lls-s", "local-losses"])
-def test_many_steps_in_float64_are_those_of_autograd(rule: str) -> None:
+@pytest.mark.parametrize(
+    "rule",
+    ["lls", "lls-m", "lls-mxm", build_rule("lls-s", similarity=1.0), "local-losses"],
+    ids=lambda rule: rule if isinstance(rule, str) else rule.name,
+)
+def test_many_steps_in_float64_are_those_of_autograd(rule: str | Rule) -> None:
     expected = trajectory("autograd", torch.float64, rule)
     assert expected[-10:].mean() < 0.9 * expected[:10].mean(), "nothing was learned"
     actual = trajectory("reference", torch.float64, rule)
