@@ -69,7 +69,7 @@ def trajectory(backend: str, dtype: torch.dtype, rule: str | Rule) -> Tensor:
 
 @pytest.mark.parametrize(
     "rule",
-    ["lls", "lls-m", "lls-mxm", build_rule("lls-s", similarity=1.0), "local-losses"],
+    ["lls", "lls-m", "lls-mxm", build_rule("lls-s", similarity=0.3), "local-losses"],
     ids=lambda rule: rule if isinstance(rule, str) else rule.name,
 )
 def test_many_steps_in_float64_are_those_of_autograd(rule: str | Rule) -> None:
