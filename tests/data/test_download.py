@@ -19,7 +19,8 @@ from locallearn import UserError
 from locallearn.cli import main
 from locallearn.cli.console import PlainObserver, TerminalObserver
 from locallearn.data import download, tiny_imagenet
-from locallearn.data.download import Archive, check_space, fetch, provide, unpack
+from locallearn.data.disk import check_space
+from locallearn.data.download import Archive, fetch, provide, unpack
 from locallearn.data.listening import Work, readable_size
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -234,6 +235,13 @@ def test_disk_space_is_looked_at_first(server, tmp_path, monkeypatch) -> None:
     assert server.asked == []
     assert names(tmp_path) == []
     check_space(tmp_path / "new", 2**20, "what just fits")
+
+
+def test_a_drive_that_is_not_there_is_said(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # as below Z: on Windows
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: os.stat(path / "gone"))
+    with pytest.raises(FileNotFoundError):
+        check_space(tmp_path, 1, "anything")
 
 
 def test_sizes_for_people() -> None:

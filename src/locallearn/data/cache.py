@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from locallearn.data.download import check_space, naming
+from locallearn.data.disk import check_space, naming
 from locallearn.data.images import FileImages, MappedImages
 from locallearn.data.reading import check_readable, read_chunks, read_image, try_read
 from locallearn.errors import UserError

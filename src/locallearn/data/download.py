@@ -7,7 +7,6 @@ checksum is right, an archive is unpacked beside its place and renamed when whol
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import http.client
 import os
@@ -23,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from locallearn._version import __version__
+from locallearn.data.disk import check_space, naming, only_one
 from locallearn.data.listening import SILENT, DataListener, Work, readable_size, telling
 from locallearn.errors import UserError
 
@@ -152,7 +152,8 @@ def unpack(archive: Path, folder: str, listener: DataListener = SILENT) -> Path:
     """
     target = archive.parent / folder
     temporary = archive.parent / f".{folder}.unpacking"
-    with open(archive, "rb") as file, _only_one(file, f"{archive} is being unpacked"):
+    with open(archive, "rb") as file:
+        only_one(file, f"{archive} is being unpacked")
         if target.exists():  # by another process, just now
             return target
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
@@ -180,48 +181,38 @@ def unpack(archive: Path, folder: str, listener: DataListener = SILENT) -> Path:
     return target
 
 
-def check_space(directory: Path, num_bytes: int, what: str) -> None:
-    """Raises UserError where ``directory``, which need not exist yet, has less room than that."""
-    place = directory.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if num_bytes > free:
-        raise UserError(
-            f"{what} needs {readable_size(num_bytes)} in {directory}, where {readable_size(free)} "
-            f"are free. Free some space, or choose a directory on another disk."
-        )
-
-
 # -- downloading --------------------------------------------------------------------------------
 
 
 def _download(archive: Archive, part: Path, listener: DataListener) -> None:
     """Leaves the whole, verified file in ``part``."""
-    with (
-        open(part, "ab") as file,
-        _only_one(file, f"{part} is being downloaded"),
-        _removed_if_empty(part),
-    ):
-        begun = os.fstat(file.fileno()).st_size
-        if begun > archive.num_bytes:  # no beginning of this file
-            file.truncate(0)
-            begun = 0
+    with open(part, "ab") as file:
+        only_one(file, f"{part} is being downloaded")
+        with _removed_if_empty(part):
+            _complete(archive, part, file, listener)
+
+
+def _complete(archive: Archive, part: Path, file: IO[bytes], listener: DataListener) -> None:
+    """Append to ``file`` what it lacks, and verify it."""
+    begun = os.fstat(file.fileno()).st_size
+    if begun > archive.num_bytes:  # no beginning of this file
+        file.truncate(0)
+        begun = 0
+    if begun == 0:
+        check_space(part.parent, archive.num_bytes, archive.name)
+    while True:
+        _receive_all(archive, part, file, listener)
+        found = _md5(part, listener) if archive.md5 is not None else None
+        if found == archive.md5:
+            return
+        file.truncate(0)
         if begun == 0:
-            check_space(part.parent, archive.num_bytes, archive.name)
-        while True:
-            _receive_all(archive, part, file, listener)
-            found = _md5(part, listener) if archive.md5 is not None else None
-            if found == archive.md5:
-                return
-            file.truncate(0)
-            if begun == 0:
-                raise UserError(
-                    f"{archive.name} as downloaded from {archive.url} has the md5 {found}, "
-                    f"expected {archive.md5}: it was changed there or on the way, and was removed. "
-                    f"Try again, or put the right file into {part.parent} by hand."
-                )
-            begun = 0  # what was there before may have been another file's beginning: once more
+            raise UserError(
+                f"{archive.name} as downloaded from {archive.url} has the md5 {found}, "
+                f"expected {archive.md5}: it was changed there or on the way, and was removed. "
+                f"Try again, or put the right file into {part.parent} by hand."
+            )
+        begun = 0  # what was there before may have been another file's beginning: once more
 
 
 def _receive_all(archive: Archive, part: Path, file: IO[bytes], listener: DataListener) -> None:
@@ -417,24 +408,7 @@ def _extract(
                 tell(done)
 
 
-# -- files and locks ----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _only_one(file: IO[bytes], doing: str) -> Iterator[None]:
-    """Within: no other process of this machine is. Raises UserError where one is already."""
-    try:
-        import fcntl
-    except ImportError:  # Windows refuses what would do harm by itself
-        yield
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise UserError(f"{doing} by another process. Wait for it to end.") from error
-        # Some network file systems know no locks; the checksum still guards the result.
-    yield
+# -- files --------------------------------------------------------------------------------------
 
 
 def _part(path: Path) -> Path:
@@ -461,15 +435,4 @@ def _removed_if_empty(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             if path.stat().st_size == 0:
                 path.unlink()
-        raise
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Within: a failure to write (a full disk) that names no file names ``path``."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
         raise
