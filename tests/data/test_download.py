@@ -118,7 +118,7 @@ def test_a_part_of_whatever_kind(server, tmp_path, part: bytes, num_requests: in
 
 
 def test_a_part_longer_than_what_the_server_has(server, tmp_path) -> None:
-    archive = Archive(server.archive("a.zip", CONTENT).url, 400_000, None)
+    archive = Archive(server.archive("a.zip", CONTENT).url, 400_000, "0" * 32)
     (tmp_path / "a.zip.part").write_bytes(b"x" * 350_000)
     with pytest.raises(UserError, match=r"has 300,000 bytes, expected 400,000"):
         fetch(archive, tmp_path)
@@ -145,9 +145,63 @@ def test_a_login_page_destroys_nothing(server, tmp_path) -> None:
     (tmp_path / "a.zip.part").write_bytes(CONTENT[:1000])
     server.files["/a.zip"] = b"<html>Please log in</html>" * 100
     server.has_ranges = False
-    with pytest.raises(UserError, match=r"has 2,600 bytes, expected 300,000: .*login page"):
+    with pytest.raises(UserError, match=r"has 2,600 bytes, expected 300,000 bytes: .*login"):
         fetch(archive, tmp_path)
     assert (tmp_path / "a.zip.part").read_bytes() == CONTENT[:1000]
+
+
+def test_a_login_page_of_unknown_length_destroys_nothing(server, tmp_path) -> None:
+    archive = server.archive("a.zip", CONTENT)
+    (tmp_path / "a.zip.part").write_bytes(CONTENT[:1000])
+    server.login_page = b"<html>Please log in</html>" * 100
+    with pytest.raises(UserError, match=r"has a web page, expected 300,000 .*login page") as error:
+        fetch(archive, tmp_path)
+    one_line(error)
+    assert (tmp_path / "a.zip.part").read_bytes() == CONTENT[:1000]
+    with pytest.raises(UserError, match="a web page"):
+        fetch(archive, tmp_path / "new")
+    assert names(tmp_path) == ["a.zip.part"]
+    server.login_page = b""
+    assert fetch(archive, tmp_path).read_bytes() == CONTENT
+    assert server.asked[-1] == ("/a.zip", "bytes=1000-")
+
+
+def test_a_server_that_stalls_is_left(server, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(download, "_TIMEOUT_SECONDS", 0.2)
+    archive = server.archive("a.zip", CONTENT)
+    server.stalls = 1
+    assert fetch(archive, tmp_path).read_bytes() == CONTENT
+    assert server.asked == [("/a.zip", None), ("/a.zip", "bytes=150000-")]
+    server.stalls = 100
+    with pytest.raises(UserError, match=r"can't be downloaded from \S+ \(timed out\)\. Connect to"):
+        fetch(archive, tmp_path / "new")
+    assert (tmp_path / "new" / "a.zip.part").stat().st_size == 150_000
+
+
+def test_a_redirection_that_leads_nowhere_is_one_line(server, tmp_path) -> None:
+    server.statuses = [302] * 20
+    archive = server.archive("a.zip", CONTENT)
+    with pytest.raises(UserError, match=r"\(HTTP 302 ") as error:
+        fetch(archive, tmp_path)
+    one_line(error)
+
+
+def test_without_a_checksum_nothing_is_resumed(server, tmp_path) -> None:
+    archive = server.archive("a.txt", CONTENT, md5=None)
+    for part in (b"x" * 1000, b"x" * len(CONTENT)):
+        (tmp_path / "a.txt.part").write_bytes(part)
+        assert fetch(archive, tmp_path).read_bytes() == CONTENT
+        (tmp_path / "a.txt").unlink()
+    assert server.asked == [("/a.txt", None)] * 2
+
+
+def test_a_damaged_stamp_is_made_anew(server, tmp_path, listener) -> None:
+    archive = server.archive("a.zip", CONTENT)
+    fetch(archive, tmp_path)
+    (tmp_path / "a.zip.verified").write_bytes(b"\xff\xfe\x80")
+    for _ in range(2):
+        fetch(archive, tmp_path, listener)
+    assert listener.verbs == ["checking"]
 
 
 def test_no_network_is_one_line_and_leaves_nothing(server, tmp_path, monkeypatch) -> None:

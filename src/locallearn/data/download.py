@@ -26,7 +26,7 @@ from locallearn.data.disk import check_space, naming, only_one
 from locallearn.data.listening import SILENT, DataListener, Work, readable_size, telling
 from locallearn.errors import UserError
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18  # what a connection that stalls may lose of what it brought
 _TIMEOUT_SECONDS = 30
 # Waits before the next try, after tries in a row that brought nothing new.
 _WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0)
@@ -195,7 +195,8 @@ def _download(archive: Archive, part: Path, listener: DataListener) -> None:
 def _complete(archive: Archive, part: Path, file: IO[bytes], listener: DataListener) -> None:
     """Append to ``file`` what it lacks, and verify it."""
     begun = os.fstat(file.fileno()).st_size
-    if begun > archive.num_bytes:  # no beginning of this file
+    # Without a checksum nothing would tell the beginning of another file.
+    if begun > archive.num_bytes or archive.md5 is None:
         file.truncate(0)
         begun = 0
     if begun == 0:
@@ -268,23 +269,16 @@ def _receive(archive: Archive, file: IO[bytes], tell: Callable[[int], None]) -> 
         if status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             file.truncate(0)  # the file there is shorter than what we have of it
             raise _BrokenOffError("the server refused to go on") from error
+        reason = " ".join(f"HTTP {status} {error.reason}".split())  # of several lines, at times
         if status in _TEMPORARY_STATUS:
-            raise _BrokenOffError(f"HTTP {status} {error.reason}") from error
-        part = Path(file.name)
-        raise _unreachable(archive, part, f"HTTP {status} {error.reason}", have) from error
+            raise _BrokenOffError(reason) from error
+        raise _unreachable(archive, Path(file.name), reason, have) from error
     except (OSError, http.client.HTTPException) as error:
         no_network = isinstance(error, urllib.error.URLError)
         raise _BrokenOffError(_reason(error), has_no_network=no_network) from error
     with response:
         goes_on = have > 0 and _range_start(response) == have
-        start = have if goes_on else 0
-        length = response.headers.get("Content-Length")
-        if length is not None and start + int(length) != archive.num_bytes:
-            raise UserError(
-                f"{archive.url} has {start + int(length):,} bytes, expected "
-                f"{archive.num_bytes:,}: the file there was replaced, or a login page of the "
-                f"network answered. Put {archive.name} into {Path(file.name).parent} by hand."
-            )
+        _check_answer(archive, Path(file.name), response, have if goes_on else 0)
         if not goes_on:
             file.truncate(0)
             have = 0
@@ -300,6 +294,27 @@ def _receive(archive: Archive, file: IO[bytes], tell: Callable[[int], None]) -> 
             file.flush()  # so that a kill costs nothing of it
             have += len(block)
             tell(have)
+
+
+def _check_answer(
+    archive: Archive, part: Path, response: http.client.HTTPResponse, start: int
+) -> None:
+    """Raises UserError where what comes, from byte ``start`` on, can't be the file.
+
+    It is called before anything that has come is given up for it.
+    """
+    length = response.headers.get("Content-Length", "")
+    found = ""
+    if response.headers.get_content_type() == "text/html":  # mostly of a length that is not told
+        found = "a web page"
+    elif length.isdecimal() and start + int(length) != archive.num_bytes:
+        found = f"{start + int(length):,} bytes"
+    if found:
+        raise UserError(
+            f"{archive.url} has {found}, expected {archive.num_bytes:,} bytes: the file there was "
+            f"replaced, or a login page of the network answered. Connect to the network, or put "
+            f"{archive.name} into {part.parent} by hand."
+        )
 
 
 def _range_start(response: http.client.HTTPResponse) -> int | None:
@@ -354,7 +369,7 @@ def _stamp(path: Path, archive: Archive) -> str:
 def _is_remembered(path: Path, archive: Archive) -> bool:
     try:
         return path.with_name(path.name + ".verified").read_text() == _stamp(path, archive)
-    except OSError:
+    except (OSError, ValueError):  # missing, or damaged
         return False
 
 
