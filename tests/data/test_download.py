@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from rich.console import Console
 from locallearn import UserError
 from locallearn.cli import main
 from locallearn.cli.console import PlainObserver, TerminalObserver
-from locallearn.data import download, tiny_imagenet
+from locallearn.data import disk, download, tiny_imagenet
 from locallearn.data.disk import check_space
 from locallearn.data.download import Archive, fetch, provide, unpack
 from locallearn.data.listening import Work, readable_size
@@ -372,6 +373,21 @@ def test_two_processes_at_one_archive(tmp_path, make_zip) -> None:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"a.zip is being unpacked by another process"):
             unpack(tmp_path / "a.zip", "a")
+
+
+@pytest.mark.parametrize("has_module", [False, True], ids=["Windows", "network file system"])
+def test_where_there_are_no_locks(server, tmp_path, make_zip, monkeypatch, has_module) -> None:
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    if not has_module:
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    archive = server.archive("a.zip", make_zip(FILES), folder="a")
+    (folder,) = provide([archive], tmp_path)
+    assert names(folder) == ["b", "one.txt"]
+    with open(tmp_path / "a.zip", "rb") as file:
+        assert disk.lock(file) is None
 
 
 # -- what the user sees -------------------------------------------------------------------------
