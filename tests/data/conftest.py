@@ -29,6 +29,9 @@ class Server:
         has_ranges: whether it can go on in the middle.
         breaks: of each request in turn, after how many bytes the connection ends; then never.
         statuses: of each request in turn, an error to answer with; then none.
+        login_page: answered instead of any file, where there is one; its length is not told.
+        stalls: how many requests are left unanswered half-way, the connection open.
+        goes_on: ends that.
         asked: each request's path and Range.
     """
 
@@ -37,6 +40,9 @@ class Server:
     has_ranges: bool = True
     breaks: list[int] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
+    login_page: bytes = b""
+    stalls: int = 0
+    goes_on: threading.Event = field(default_factory=threading.Event)
     asked: list[tuple[str, str | None]] = field(default_factory=list)
 
     def archive(self, name: str, content: bytes, **more) -> Archive:
@@ -49,7 +55,18 @@ class Server:
         wanted = request.headers.get("Range")
         self.asked.append((request.path, wanted))
         status = self.statuses.pop(0) if self.statuses else 200
+        if self.login_page:
+            request.send_response(200)
+            request.send_header("Content-Type", "text/html; charset=utf-8")
+            request.end_headers()
+            request.wfile.write(self.login_page)
+            return
         content = self.files.get(request.path)
+        if status == 302:  # to itself
+            request.send_response(status)
+            request.send_header("Location", request.path)
+            request.end_headers()
+            return
         if content is None or status != 200:
             request.send_error(404 if status == 200 else status)
             return
@@ -67,6 +84,11 @@ class Server:
         request.send_header("Content-Length", str(len(content) - start))
         request.end_headers()
         length = self.breaks.pop(0) if self.breaks else len(content)
+        if self.stalls:
+            self.stalls -= 1
+            request.wfile.write(content[start : len(content) // 2])
+            self.goes_on.wait()
+            return
         request.wfile.write(content[start:][:length])
         request.close_connection = True
 
@@ -93,6 +115,7 @@ def server(monkeypatch) -> Iterator[Server]:
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield served
+    served.goes_on.set()
     http.shutdown()
     http.server_close()
     thread.join()

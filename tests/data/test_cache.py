@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-import multiprocessing
 import os
 import shutil
-import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -279,21 +278,45 @@ def test_an_interrupted_one_leaves_nothing(root, place, interrupting) -> None:
 
 
 def test_what_killed_processes_left_is_removed(root, place) -> None:
-    load(root, place)
-    (directory,) = (path for path in place.iterdir() if path.is_dir())
-    shutil.rmtree(directory)
-    process = multiprocessing.get_context("spawn").Process()
-    process.start()
-    process.join()
-    host = socket.gethostname()
-    dead, alive, foreign = (
-        place / f".{directory.name}.{each}.tmp"
-        for each in (f"{host}.{process.pid}", f"{host}.{os.getppid()}", f"other.{process.pid}")
+    dead, alive, whole, other = (
+        place / f".{name}.tmp" for name in ("folder-1.ab", "folder-2.ab", "folder-3.ab", "vww-1.ab")
     )
-    for each in (dead, alive, foreign):
-        each.mkdir()
-    load(root, place)
-    assert [each.exists() for each in (dead, alive, foreign)] == [False, True, True]
+    for each in (dead, alive, whole, other):
+        each.mkdir(parents=True)
+        (each / "pixels.u8").write_bytes(b"begun")
+    (whole / "cache.json").write_text("{}")
+    with open(alive / "pixels.u8", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        load(root, place)
+    assert [each.exists() for each in (dead, alive, whole, other)] == [False, True, True, True]
+
+
+def test_one_that_is_being_made_is_not_taken_for_abandoned(root, place, make_listener) -> None:
+    """Two datasets of one name, the second begun while the first is decoding."""
+    found = []
+
+    def load_another(work, done: int) -> None:
+        found.append(load(root, place, augment="standard"))
+
+    first = load(root, place, listener=make_listener(load_another))
+    assert first.fingerprint() == load(root, None).fingerprint()
+    assert found[0].fingerprint() == load(root, None, augment="standard").fingerprint()
+    assert not [name for name in names(place) if name.startswith(".")]
+
+
+def test_large_images_are_decoded_a_few_at_a_time(root, place, monkeypatch, listener) -> None:
+    monkeypatch.setattr(cache, "_CHUNK_BYTES", 10_000)
+    assert load(root, place, listener=listener).fingerprint() == load(root, None).fingerprint()
+    (done,) = listener.done
+    assert 2 < len(done) < 24
+    assert done[-1] == 24
+
+
+def test_a_cache_that_is_cut_off_while_it_is_in_use(root, place) -> None:
+    data = load(root, place, memory_limit_bytes=0)
+    os.truncate(data.train.path, 100)
+    with pytest.raises(UserError, match=r"pixels.u8 was cut off meanwhile"):
+        data.train.read()
 
 
 def test_two_processes_make_the_same_one(root, place, monkeypatch) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from rich.console import Console
 from locallearn import UserError
 from locallearn.cli import main
 from locallearn.cli.console import PlainObserver, TerminalObserver
-from locallearn.data import download, tiny_imagenet
-from locallearn.data.download import Archive, check_space, fetch, provide, unpack
+from locallearn.data import disk, download, tiny_imagenet
+from locallearn.data.disk import check_space
+from locallearn.data.download import Archive, fetch, provide, unpack
 from locallearn.data.listening import Work, readable_size
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -117,7 +119,7 @@ def test_a_part_of_whatever_kind(server, tmp_path, part: bytes, num_requests: in
 
 
 def test_a_part_longer_than_what_the_server_has(server, tmp_path) -> None:
-    archive = Archive(server.archive("a.zip", CONTENT).url, 400_000, None)
+    archive = Archive(server.archive("a.zip", CONTENT).url, 400_000, "0" * 32)
     (tmp_path / "a.zip.part").write_bytes(b"x" * 350_000)
     with pytest.raises(UserError, match=r"has 300,000 bytes, expected 400,000"):
         fetch(archive, tmp_path)
@@ -144,9 +146,63 @@ def test_a_login_page_destroys_nothing(server, tmp_path) -> None:
     (tmp_path / "a.zip.part").write_bytes(CONTENT[:1000])
     server.files["/a.zip"] = b"<html>Please log in</html>" * 100
     server.has_ranges = False
-    with pytest.raises(UserError, match=r"has 2,600 bytes, expected 300,000: .*login page"):
+    with pytest.raises(UserError, match=r"has 2,600 bytes, expected 300,000 bytes: .*login"):
         fetch(archive, tmp_path)
     assert (tmp_path / "a.zip.part").read_bytes() == CONTENT[:1000]
+
+
+def test_a_login_page_of_unknown_length_destroys_nothing(server, tmp_path) -> None:
+    archive = server.archive("a.zip", CONTENT)
+    (tmp_path / "a.zip.part").write_bytes(CONTENT[:1000])
+    server.login_page = b"<html>Please log in</html>" * 100
+    with pytest.raises(UserError, match=r"has a web page, expected 300,000 .*login page") as error:
+        fetch(archive, tmp_path)
+    one_line(error)
+    assert (tmp_path / "a.zip.part").read_bytes() == CONTENT[:1000]
+    with pytest.raises(UserError, match="a web page"):
+        fetch(archive, tmp_path / "new")
+    assert names(tmp_path) == ["a.zip.part"]
+    server.login_page = b""
+    assert fetch(archive, tmp_path).read_bytes() == CONTENT
+    assert server.asked[-1] == ("/a.zip", "bytes=1000-")
+
+
+def test_a_server_that_stalls_is_left(server, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(download, "_TIMEOUT_SECONDS", 0.2)
+    archive = server.archive("a.zip", CONTENT)
+    server.stalls = 1
+    assert fetch(archive, tmp_path).read_bytes() == CONTENT
+    assert server.asked == [("/a.zip", None), ("/a.zip", "bytes=150000-")]
+    server.stalls = 100
+    with pytest.raises(UserError, match=r"can't be downloaded from \S+ \(timed out\)\. Connect to"):
+        fetch(archive, tmp_path / "new")
+    assert (tmp_path / "new" / "a.zip.part").stat().st_size == 150_000
+
+
+def test_a_redirection_that_leads_nowhere_is_one_line(server, tmp_path) -> None:
+    server.statuses = [302] * 20
+    archive = server.archive("a.zip", CONTENT)
+    with pytest.raises(UserError, match=r"\(HTTP 302 ") as error:
+        fetch(archive, tmp_path)
+    one_line(error)
+
+
+def test_without_a_checksum_nothing_is_resumed(server, tmp_path) -> None:
+    archive = server.archive("a.txt", CONTENT, md5=None)
+    for part in (b"x" * 1000, b"x" * len(CONTENT)):
+        (tmp_path / "a.txt.part").write_bytes(part)
+        assert fetch(archive, tmp_path).read_bytes() == CONTENT
+        (tmp_path / "a.txt").unlink()
+    assert server.asked == [("/a.txt", None)] * 2
+
+
+def test_a_damaged_stamp_is_made_anew(server, tmp_path, listener) -> None:
+    archive = server.archive("a.zip", CONTENT)
+    fetch(archive, tmp_path)
+    (tmp_path / "a.zip.verified").write_bytes(b"\xff\xfe\x80")
+    for _ in range(2):
+        fetch(archive, tmp_path, listener)
+    assert listener.verbs == ["checking"]
 
 
 def test_no_network_is_one_line_and_leaves_nothing(server, tmp_path, monkeypatch) -> None:
@@ -236,6 +292,13 @@ def test_disk_space_is_looked_at_first(server, tmp_path, monkeypatch) -> None:
     check_space(tmp_path / "new", 2**20, "what just fits")
 
 
+def test_a_drive_that_is_not_there_is_said(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # as below Z: on Windows
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: os.stat(path / "gone"))
+    with pytest.raises(FileNotFoundError):
+        check_space(tmp_path, 1, "anything")
+
+
 def test_sizes_for_people() -> None:
     sizes = [readable_size(n) for n in (0, 54_864, 248_100_043, 13_510_573_713)]
     assert sizes == ["0 KiB", "54 KiB", "236.6 MiB", "12.6 GiB"]
@@ -310,6 +373,21 @@ def test_two_processes_at_one_archive(tmp_path, make_zip) -> None:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"a.zip is being unpacked by another process"):
             unpack(tmp_path / "a.zip", "a")
+
+
+@pytest.mark.parametrize("has_module", [False, True], ids=["Windows", "network file system"])
+def test_where_there_are_no_locks(server, tmp_path, make_zip, monkeypatch, has_module) -> None:
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    if not has_module:
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    archive = server.archive("a.zip", make_zip(FILES), folder="a")
+    (folder,) = provide([archive], tmp_path)
+    assert names(folder) == ["b", "one.txt"]
+    with open(tmp_path / "a.zip", "rb") as file:
+        assert disk.lock(file) is None
 
 
 # -- what the user sees -------------------------------------------------------------------------

@@ -17,23 +17,25 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
-from locallearn.data.download import check_space, naming
+from locallearn.data.disk import check_space, lock, naming, only_one
 from locallearn.data.images import FileImages, MappedImages
+from locallearn.data.listening import DataListener, Work, readable_size, telling
 from locallearn.data.reading import check_readable, read_chunks, read_image, try_read
 from locallearn.errors import UserError
 
 _FORMAT, _FORMAT_VERSION = "locallearn-cache", 1
 _KEY_DIGITS = 16
+_CHUNK_BYTES = 1 << 25  # decoded by a reader process at a time
 
 
 def digest_of_files(root: Path, paths: Sequence[Path]) -> str:
@@ -100,7 +102,7 @@ class ImageCache:
             return rows
         rows = make()
         self.directory.mkdir(parents=True, exist_ok=True)
-        temporary = self._temporary(path)
+        temporary = _temporary(path)
         try:
             temporary.write_text(json.dumps({"num_rows": len(rows), "rows": rows}))
             os.replace(temporary, path)
@@ -109,14 +111,13 @@ class ImageCache:
                 temporary.unlink()
         return rows
 
-    def images(self, files: FileImages, num_bytes: int, tell: Callable[[], Any]) -> MappedImages:
+    def images(self, files: FileImages, num_bytes: int, listener: DataListener) -> MappedImages:
         """The decoded images of ``files``, which are all of the dataset's.
 
         Arguments:
             files: decoded where they are not here.
             num_bytes: about what that will take, for the check of the disk.
-            tell: makes a context within which they are decoded, and which yields what is to be
-                called with the number that are (see `listening.telling`).
+            listener: is told of the decoding.
 
         Raises:
             UserError: unreadable images, too little disk space, or a damaged cache.
@@ -125,8 +126,12 @@ class ImageCache:
         labels = hashlib.sha256(files.labels.numpy().tobytes()).hexdigest()
         path = self._path(f"{labels} {files.resize} {files.num_channels}")
         if not path.exists():
+            self._remove_abandoned()
             check_space(self.directory, num_bytes, f"the cache of {self.name}")
-            self._make(path, files, tell)
+            what = f"{len(files):,} images ({readable_size(num_bytes)})"
+            work = Work("decoding", what, "images", len(files), target=self.directory)
+            with telling(listener, work) as tell, naming(path):
+                self._make(path, files, num_bytes, tell)
         try:
             return _open(path, files)
         except ValueError as error:
@@ -134,44 +139,29 @@ class ImageCache:
                 f"the cache {path} is damaged ({error}). Delete that directory; it is made anew."
             ) from error
 
-    def _make(self, path: Path, files: FileImages, tell: Callable[[], Any]) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        temporary = self._temporary(path)
-        temporary.mkdir()
+    def _make(
+        self, path: Path, files: FileImages, num_bytes: int, tell: Callable[[int], None]
+    ) -> None:
+        temporary = _temporary(path)
+        temporary.mkdir(parents=True)
         try:
-            sizes: list[tuple[int, int]] = []
-            broken: list[bool] = []
-            decode = try_read(read_image, files.num_channels, files.resize)
-            with (
-                naming(path),
-                open(temporary / "pixels.u8", "wb") as file,
-                tell() as advance,
-            ):
-                for chunk in read_chunks(files.paths, decode):
-                    for image in chunk:
-                        broken.append(image is None)
-                        if image is not None:
-                            sizes.append(image.shape[:2])
-                            file.write(image.data)
-                    advance(len(broken))
-                check_readable(files.paths, broken)
-                file.flush()
-                os.fsync(file.fileno())
-                num_bytes = file.tell()
-            index = np.column_stack([np.array(sizes, np.int64), files.labels.numpy()])
-            np.save(temporary / "index.npy", index)
-            about = {
-                "format": _FORMAT,
-                "format_version": _FORMAT_VERSION,
-                "dataset": self.name,
-                "made_from": str(self.root.absolute()),
-                "num_images": len(files),
-                "num_channels": files.num_channels,
-                "resize": files.resize,
-                "num_bytes": num_bytes,
-            }
-            (temporary / "cache.json").write_text(json.dumps(about, indent=2) + "\n")
+            # The lock tells others that it is not abandoned.
+            with open(temporary / "pixels.u8", "wb") as pixels:
+                only_one(pixels, f"{temporary} is being removed")
+                sizes = _decode(files, pixels, num_bytes, tell)
+                index = np.column_stack([np.array(sizes, np.int64), files.labels.numpy()])
+                np.save(temporary / "index.npy", index)
+                about = {
+                    "format": _FORMAT,
+                    "format_version": _FORMAT_VERSION,
+                    "dataset": self.name,
+                    "made_from": str(self.root.absolute()),
+                    "num_images": len(files),
+                    "num_channels": files.num_channels,
+                    "resize": files.resize,
+                    "num_bytes": pixels.tell(),
+                }
+                (temporary / "cache.json").write_text(json.dumps(about, indent=2) + "\n")
             try:
                 os.rename(temporary, path)
             except OSError:
@@ -180,9 +170,44 @@ class ImageCache:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    @staticmethod
-    def _temporary(path: Path) -> Path:
-        return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    def _remove_abandoned(self) -> None:
+        """Half-made caches of the dataset, of processes that were killed."""
+        for pixels in self.directory.glob(f".{self.name}-*.tmp/pixels.u8"):
+            with contextlib.suppress(OSError), open(pixels, "rb") as file:
+                # One that has its last file is about to get its name.
+                if lock(file) and not (pixels.parent / "cache.json").exists():
+                    shutil.rmtree(pixels.parent, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside it that no other process has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _decode(
+    files: FileImages, pixels: IO[bytes], num_bytes: int, tell: Callable[[int], None]
+) -> list[tuple[int, int]]:
+    """Write all images, one after the other; their heights and widths.
+
+    Raises:
+        UserError: names the unreadable ones.
+        OSError: as the file system says.
+    """
+    sizes: list[tuple[int, int]] = []
+    is_broken: list[bool] = []
+    decode = try_read(read_image, files.num_channels, files.resize)
+    chunk = max(1, _CHUNK_BYTES * len(files) // max(1, num_bytes))
+    for images in read_chunks(files.paths, decode, chunk):
+        for image in images:
+            is_broken.append(image is None)
+            if image is not None:
+                sizes.append(image.shape[:2])
+                pixels.write(image.data)
+        tell(len(is_broken))
+    check_readable(files.paths, is_broken)
+    pixels.flush()
+    os.fsync(pixels.fileno())
+    return sizes
 
 
 def _open(path: Path, files: FileImages) -> MappedImages:
@@ -229,17 +254,3 @@ def _load_array(path: Path, num: int) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.shape != (num, 3) or array.dtype.kind != "i":
         raise ValueError(f"{path.name} holds something else")
     return array
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Half-made caches of processes of this machine that were killed."""
-    if os.name == "nt":  # there, asking after a process by a signal would end it
-        return
-    for other in path.parent.glob(f".{path.name}.{socket.gethostname()}.*.tmp"):
-        pid = other.name.split(".")[-2]
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            shutil.rmtree(other, ignore_errors=True)
-        except (OSError, ValueError):
-            continue

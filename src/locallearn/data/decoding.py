@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from locallearn.data.cache import ImageCache, digest_of_files
 from locallearn.data.dataset import LoadRequest
 from locallearn.data.images import FileImages, ImageSource, decode_all
-from locallearn.data.listening import Work, readable_size, telling
+from locallearn.data.listening import Work, telling
 from locallearn.data.reading import (
     MIN_FILES_FOR_WORKERS,
     ImageHeader,
@@ -86,17 +86,14 @@ class ImageFiles:
         everything = FileImages(self.paths, labels, num_channels, resize)
         num_bytes = num_channels * sum(_area(header, resize) for header in self.headers)
         limit = self._request.memory_limit_bytes
-        ends = [sum(len(p.paths) for p in self.parts[: i + 1]) for i in range(len(self.parts))]
-        ranges = [
-            torch.arange(end - len(part.paths), end)
-            for part, end in zip(self.parts, ends, strict=True)
-        ]
+        nums = [len(part.paths) for part in self.parts]
+        ranges = torch.split(torch.arange(len(self.paths)), nums)
         too_large = (
             f"{num_bytes / 2**30:.1f} GiB of decoded images exceed the {limit / 2**30:.1f} GiB "
             f"set aside for them: they"
         )
         if self._cache is not None:
-            mapped = self._cache.images(everything, num_bytes, self._decoding(num_bytes))
+            mapped = self._cache.images(everything, num_bytes, self._request.listener)
             parts = [mapped.subset(each) for each in ranges]
             if num_bytes > limit:
                 notes.append(f"{too_large} are read from {self._request.cache}")
@@ -110,11 +107,6 @@ class ImageFiles:
             _told(self._request, "decoding", len(source), functools.partial(decode_all, source))
             for source in sources
         ]
-
-    def _decoding(self, num_bytes: int) -> Callable[[], Any]:
-        what = f"{len(self.paths):,} images ({readable_size(num_bytes)})"
-        work = Work("decoding", what, "images", len(self.paths), target=self._request.cache)
-        return lambda: telling(self._request.listener, work)
 
 
 def _told(

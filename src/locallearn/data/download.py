@@ -7,7 +7,6 @@ checksum is right, an archive is unpacked beside its place and renamed when whol
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import http.client
 import os
@@ -23,10 +22,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from locallearn._version import __version__
+from locallearn.data.disk import check_space, naming, only_one
 from locallearn.data.listening import SILENT, DataListener, Work, readable_size, telling
 from locallearn.errors import UserError
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18  # what a connection that stalls may lose of what it brought
 _TIMEOUT_SECONDS = 30
 # Waits before the next try, after tries in a row that brought nothing new.
 _WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0)
@@ -152,7 +152,8 @@ def unpack(archive: Path, folder: str, listener: DataListener = SILENT) -> Path:
     """
     target = archive.parent / folder
     temporary = archive.parent / f".{folder}.unpacking"
-    with open(archive, "rb") as file, _only_one(file, f"{archive} is being unpacked"):
+    with open(archive, "rb") as file:
+        only_one(file, f"{archive} is being unpacked")
         if target.exists():  # by another process, just now
             return target
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
@@ -180,48 +181,39 @@ def unpack(archive: Path, folder: str, listener: DataListener = SILENT) -> Path:
     return target
 
 
-def check_space(directory: Path, num_bytes: int, what: str) -> None:
-    """Raises UserError where ``directory``, which need not exist yet, has less room than that."""
-    place = directory.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if num_bytes > free:
-        raise UserError(
-            f"{what} needs {readable_size(num_bytes)} in {directory}, where {readable_size(free)} "
-            f"are free. Free some space, or choose a directory on another disk."
-        )
-
-
 # -- downloading --------------------------------------------------------------------------------
 
 
 def _download(archive: Archive, part: Path, listener: DataListener) -> None:
     """Leaves the whole, verified file in ``part``."""
-    with (
-        open(part, "ab") as file,
-        _only_one(file, f"{part} is being downloaded"),
-        _removed_if_empty(part),
-    ):
-        begun = os.fstat(file.fileno()).st_size
-        if begun > archive.num_bytes:  # no beginning of this file
-            file.truncate(0)
-            begun = 0
+    with open(part, "ab") as file:
+        only_one(file, f"{part} is being downloaded")
+        with _removed_if_empty(part):
+            _complete(archive, part, file, listener)
+
+
+def _complete(archive: Archive, part: Path, file: IO[bytes], listener: DataListener) -> None:
+    """Append to ``file`` what it lacks, and verify it."""
+    begun = os.fstat(file.fileno()).st_size
+    # Without a checksum nothing would tell the beginning of another file.
+    if begun > archive.num_bytes or archive.md5 is None:
+        file.truncate(0)
+        begun = 0
+    if begun == 0:
+        check_space(part.parent, archive.num_bytes, archive.name)
+    while True:
+        _receive_all(archive, part, file, listener)
+        found = _md5(part, listener) if archive.md5 is not None else None
+        if found == archive.md5:
+            return
+        file.truncate(0)
         if begun == 0:
-            check_space(part.parent, archive.num_bytes, archive.name)
-        while True:
-            _receive_all(archive, part, file, listener)
-            found = _md5(part, listener) if archive.md5 is not None else None
-            if found == archive.md5:
-                return
-            file.truncate(0)
-            if begun == 0:
-                raise UserError(
-                    f"{archive.name} as downloaded from {archive.url} has the md5 {found}, "
-                    f"expected {archive.md5}: it was changed there or on the way, and was removed. "
-                    f"Try again, or put the right file into {part.parent} by hand."
-                )
-            begun = 0  # what was there before may have been another file's beginning: once more
+            raise UserError(
+                f"{archive.name} as downloaded from {archive.url} has the md5 {found}, "
+                f"expected {archive.md5}: it was changed there or on the way, and was removed. "
+                f"Try again, or put the right file into {part.parent} by hand."
+            )
+        begun = 0  # what was there before may have been another file's beginning: once more
 
 
 def _receive_all(archive: Archive, part: Path, file: IO[bytes], listener: DataListener) -> None:
@@ -277,23 +269,16 @@ def _receive(archive: Archive, file: IO[bytes], tell: Callable[[int], None]) -> 
         if status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             file.truncate(0)  # the file there is shorter than what we have of it
             raise _BrokenOffError("the server refused to go on") from error
+        reason = " ".join(f"HTTP {status} {error.reason}".split())  # of several lines, at times
         if status in _TEMPORARY_STATUS:
-            raise _BrokenOffError(f"HTTP {status} {error.reason}") from error
-        part = Path(file.name)
-        raise _unreachable(archive, part, f"HTTP {status} {error.reason}", have) from error
+            raise _BrokenOffError(reason) from error
+        raise _unreachable(archive, Path(file.name), reason, have) from error
     except (OSError, http.client.HTTPException) as error:
         no_network = isinstance(error, urllib.error.URLError)
         raise _BrokenOffError(_reason(error), has_no_network=no_network) from error
     with response:
         goes_on = have > 0 and _range_start(response) == have
-        start = have if goes_on else 0
-        length = response.headers.get("Content-Length")
-        if length is not None and start + int(length) != archive.num_bytes:
-            raise UserError(
-                f"{archive.url} has {start + int(length):,} bytes, expected "
-                f"{archive.num_bytes:,}: the file there was replaced, or a login page of the "
-                f"network answered. Put {archive.name} into {Path(file.name).parent} by hand."
-            )
+        _check_answer(archive, Path(file.name), response, have if goes_on else 0)
         if not goes_on:
             file.truncate(0)
             have = 0
@@ -309,6 +294,27 @@ def _receive(archive: Archive, file: IO[bytes], tell: Callable[[int], None]) -> 
             file.flush()  # so that a kill costs nothing of it
             have += len(block)
             tell(have)
+
+
+def _check_answer(
+    archive: Archive, part: Path, response: http.client.HTTPResponse, start: int
+) -> None:
+    """Raises UserError where what comes, from byte ``start`` on, can't be the file.
+
+    It is called before anything that has come is given up for it.
+    """
+    length = response.headers.get("Content-Length", "")
+    found = ""
+    if response.headers.get_content_type() == "text/html":  # mostly of a length that is not told
+        found = "a web page"
+    elif length.isdecimal() and start + int(length) != archive.num_bytes:
+        found = f"{start + int(length):,} bytes"
+    if found:
+        raise UserError(
+            f"{archive.url} has {found}, expected {archive.num_bytes:,} bytes: the file there was "
+            f"replaced, or a login page of the network answered. Connect to the network, or put "
+            f"{archive.name} into {part.parent} by hand."
+        )
 
 
 def _range_start(response: http.client.HTTPResponse) -> int | None:
@@ -363,7 +369,7 @@ def _stamp(path: Path, archive: Archive) -> str:
 def _is_remembered(path: Path, archive: Archive) -> bool:
     try:
         return path.with_name(path.name + ".verified").read_text() == _stamp(path, archive)
-    except OSError:
+    except (OSError, ValueError):  # missing, or damaged
         return False
 
 
@@ -417,24 +423,7 @@ def _extract(
                 tell(done)
 
 
-# -- files and locks ----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _only_one(file: IO[bytes], doing: str) -> Iterator[None]:
-    """Within: no other process of this machine is. Raises UserError where one is already."""
-    try:
-        import fcntl
-    except ImportError:  # Windows refuses what would do harm by itself
-        yield
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise UserError(f"{doing} by another process. Wait for it to end.") from error
-        # Some network file systems know no locks; the checksum still guards the result.
-    yield
+# -- files --------------------------------------------------------------------------------------
 
 
 def _part(path: Path) -> Path:
@@ -461,15 +450,4 @@ def _removed_if_empty(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             if path.stat().st_size == 0:
                 path.unlink()
-        raise
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Within: a failure to write (a full disk) that names no file names ``path``."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
         raise

@@ -256,7 +256,8 @@ class MappedImages:
         with open(self.path, "rb") as file:
             for a, b in _joined(spans):
                 file.seek(a * channels)
-                file.readinto(pixels[place : place + b - a].data)
+                if file.readinto(pixels[place : place + b - a].data) != (b - a) * channels:
+                    raise UserError(f"{self.path} was cut off meanwhile. Delete its directory.")
                 place += b - a
         return MemoryImages(torch.from_numpy(pixels), self.heights, self.widths, self.labels)
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -174,10 +175,12 @@ def read_all(
     return results
 
 
-def read_chunks(paths: Sequence[Path], read: Callable[[Path], Any]) -> Iterator[list[Any]]:
-    """``read`` of every file, in order, some files at a time, by worker processes."""
+def read_chunks(
+    paths: Sequence[Path], read: Callable[[Path], Any], most: int = sys.maxsize
+) -> Iterator[list[Any]]:
+    """``read`` of every file, in order, ``most`` files at a time or fewer, by worker processes."""
     loader: DataLoader[list[Any]] = DataLoader(
-        _Chunks(paths, read),
+        _Chunks(paths, read, min(most, _CHUNK)),
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=num_workers_for(len(paths)),
@@ -196,15 +199,17 @@ def check_readable(paths: Sequence[Path], is_broken: Sequence[bool]) -> None:
 class _Chunks(TorchDataset[list[Any]]):
     """Chunk number -> what ``read`` makes of that chunk's files."""
 
-    def __init__(self, paths: Sequence[Path], read: Callable[[Path], Any]) -> None:
+    def __init__(self, paths: Sequence[Path], read: Callable[[Path], Any], size: int) -> None:
         self.paths = paths
         self.read = read
+        self.size = size
 
     def __len__(self) -> int:
-        return -(-len(self.paths) // _CHUNK)
+        return -(-len(self.paths) // self.size)
 
     def __getitem__(self, chunk: int) -> list[Any]:
-        return [self.read(path) for path in self.paths[chunk * _CHUNK : (chunk + 1) * _CHUNK]]
+        first = chunk * self.size
+        return [self.read(path) for path in self.paths[first : first + self.size]]
 
 
 def _unchanged(chunk: R) -> R:

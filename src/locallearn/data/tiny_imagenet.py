@@ -56,7 +56,7 @@ _RECIPES = {
 
 def _load(request: LoadRequest) -> Dataset:
     root = _find_root(request)
-    wnids = sorted(_read_lines(root / "wnids.txt"))
+    wnids = sorted(set(_read_lines(root / "wnids.txt")))
     names = _class_names(root, wnids)
     train, test = _list_train(root, wnids, names), _list_test(root, wnids, names)
     files = ImageFiles("tiny-imagenet", root, [train, test], request)
