@@ -280,7 +280,7 @@ def test_the_usual_optimizer_is_the_rules(capsys) -> None:
         settings = json.loads(Path(rule, "config.json").read_text())["settings"]
         assert (settings["optimizer"], settings["lr"]) == (optimizer, lr)
     assert main(["train", "--rule", "pepita", "--optimizer", "sgd", *small, "--out", "own"]) == 0
-    assert json.loads(Path("own", "config.json").read_text())["settings"]["lr"] == 0.05
+    assert json.loads(Path("own", "config.json").read_text())["settings"]["lr"] == 0.01
 
 
 def test_list(capsys, monkeypatch) -> None:
@@ -481,7 +481,7 @@ def test_bench_writes_gate_record_and_rows(capsys, monkeypatch) -> None:
     out = capsys.readouterr().out
     assert out.startswith("gate green")
     assert re.search(r"^lls \(reference\) .*\nlls \(autograd\) ", out, re.M)
-    assert len(re.findall(r"^bp.*\*? ", out, re.M)) == 4
+    assert len(re.findall(r"^bp.*\*? ", out, re.M)) == 5
     document = json.loads(Path("b.json").read_text())
     assert document["gate"] == "green"
     assert document["record"]["environment"]["device"] == "cpu"

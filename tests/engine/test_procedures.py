@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from locallearn import LocalLearner, UserError, build_model, build_rule
 from locallearn.engine.measuring import peak_memory_bytes
-from locallearn.models import Block, BlockStyle, ConvBlock
+from locallearn.models import Block, BlockStyle, ConvBlock, LinearBlock
 from locallearn.rules import Feedback, Rule, SimilarityHead
 
 CLASSES = 5
@@ -432,3 +432,158 @@ def test_rules_without_heads_take_no_settings_of_heads(rule: str, settings: dict
 def test_a_group_has_at_least_one_block() -> None:
     with pytest.raises(UserError, match="group_blocks must be at least 1, got 0"):
         LocalLearner(build_model("smallconv"), "lls", group_blocks=0)
+
+
+class Wired(nn.Module):
+    """Two blocks and a classifier, wired as ``forward`` says."""
+
+    def __init__(self, forward) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.c = nn.Linear(6, 3)
+        self.wiring = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wiring(self, x)
+
+
+def wired(forward, rule: str = "lls", **settings: Any) -> LocalLearner:
+    example = torch.randn(4, 6)
+    return LocalLearner(
+        Wired(forward),
+        rule,
+        num_classes=3,
+        blocks=["a", "b"],
+        example_input=example,
+        optimizer=sgd,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda m, x: m.c(m.a(m.b(x))), "'b' do not run one after the other"),
+        (lambda m, x: m.c(m.a(x) + m.b(x)), "'b' does not depend on a block that is to learn"),
+    ],
+    ids=["in another order", "side by side"],
+)
+def test_a_group_that_is_no_chain_is_refused(forward, message: str) -> None:
+    learner = wired(forward, group_blocks=2)
+    with pytest.raises(UserError, match=message):
+        learner.step(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
+    assert all(p.grad is None for p in learner.parameters())
+
+
+@pytest.mark.parametrize("rule", ["lls", "dfa"])
+def test_a_skip_around_a_grouped_block_carries_no_gradient(rule: str) -> None:
+    def forward(model: Wired, x: Tensor) -> Tensor:
+        h = model.a(x)
+        return model.c(h + model.b(h))
+
+    learner = wired(forward, rule, group_blocks=2)
+    learner.step(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
+    assert all(p.grad is None for p in learner.parameters())
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "num_calls"),
+    [
+        ("bp", {"bp_memory": "accumulate:3"}, 2),
+        ("bp", {"bp_memory": "checkpoint"}, 1),
+        ("bp", {"bp_memory": "fused-optimizer"}, 1),
+        ("pepita", {"update_order": "end"}, 2),
+        ("dfa", {}, 1),
+    ],
+    ids=str,
+)
+def test_a_step_that_fails_leaves_nothing_for_the_next(
+    rule: str, options: dict, num_calls: int
+) -> None:
+    """The last call of the classifier in a step runs out of memory."""
+    learners = []
+    images, labels = batch(size=16)
+    for fails in (False, True):
+        torch.manual_seed(0)
+        learner = learner_of("smallconv", build_rule(rule, **options), BlockStyle(norm="none"))
+        before = copy.deepcopy(learner.model.state_dict())
+        if fails:
+            calls = []
+
+            def out_of_memory(module: nn.Module, inputs: tuple, calls: list = calls) -> None:
+                calls.append(module)
+                if len(calls) == num_calls:
+                    raise MemoryError
+
+            handle = learner.model.classifier.register_forward_pre_hook(out_of_memory)
+            with pytest.raises(MemoryError):
+                learner.step(images, labels)
+            handle.remove()
+            assert all(p.grad is None for p in learner.parameters())
+        learner.model.load_state_dict(before)
+        learner.step(images, labels)
+        learners.append(learner)
+    for a, b in zip(*(learner.parameters() for learner in learners), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_pepita_sees_that_a_model_writes_into_a_blocks_output() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = ConvBlock(2, 3, latent_size=1)
+            self.c = nn.Linear(3, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            h.add_(1.0)
+            return self.c(h.mean([2, 3]))
+
+    learner = LocalLearner(Writes().double(), "pepita", num_classes=CLASSES, optimizer=sgd)
+    with pytest.raises(UserError, match="writes in place into the output of block 'a'"):
+        learner.step(*batch(4, 8))
+
+
+def test_pepita_runs_a_block_once() -> None:
+    block = LinearTwice()
+    learner = LocalLearner(block, "pepita", num_classes=3, optimizer=sgd)
+    with pytest.raises(UserError, match="block 'block' runs twice in one forward"):
+        learner.step(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
+
+
+class LinearTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = LinearBlock(6, 6, latent_size=6)
+        self.c = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.block(self.block(x)))
+
+
+@pytest.mark.parametrize("rule", ["dfa", "drtp"])
+def test_feedback_takes_outputs_of_any_shape_and_needs_no_example(rule: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Flatten(), nn.Linear(40, 3))
+    learner = LocalLearner(model, rule, num_classes=3, blocks=["0"], optimizer=sgd)
+    moved = updates(learner, torch.randn(4, 5, 6), torch.tensor([0, 1, 2, 0]))
+    assert moved["model.0.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("rule", ["lls", "dfa", "drtp", "pepita", "bp"])
+def test_backward_and_update_run_outside_of_autocast(rule: str) -> None:
+    seen = []
+
+    class Watching(torch.optim.SGD):
+        def step(self, closure=None) -> None:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            super().step()
+
+    learner = LocalLearner(
+        build_model("smallconv", in_channels=2, width=1 / 8),
+        rule,
+        precision="bf16",
+        optimizer=lambda p: Watching(p, lr=0.1),
+    )
+    learner.step(torch.randn(4, 2, 8, 8), torch.tensor([0, 1, 2, 0]))
+    assert seen
+    assert not any(seen)

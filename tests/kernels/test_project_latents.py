@@ -109,12 +109,14 @@ def test_label_similarity_is_that_of_one_hot_labels(num_classes: int) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-def test_latents_without_variation_are_drawn_nowhere() -> None:
-    p = torch.randn(3, 4)
-    p[0] = 2.5
+@pytest.mark.parametrize("length", [4, 27, 100, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_latents_without_variation_are_drawn_nowhere(dtype: torch.dtype, length: int) -> None:
+    p = torch.randn(3, length, dtype=dtype)
+    p[0] = 0.1  # whose mean is not 0.1 to the last digit
     result = match_similarity(p, torch.tensor([0, 1, 0]), 2)
     assert result.loss.isfinite()
-    assert result.grad_latents[0].tolist() == [0.0] * 4
+    assert result.grad_latents[0].tolist() == [0.0] * length
     assert result.grad_latents[1:].abs().sum() > 0
 
 

@@ -23,6 +23,7 @@ from locallearn.rules import (
     ProjectionRule,
     Requirement,
     build_basis,
+    parse_rule,
     register_rule,
     rule_class,
     unregister_rule,
@@ -76,6 +77,10 @@ def test_what_is_registered() -> None:
         (
             lambda: build_rule("local-losses", local_loss="sim", similarity=1.0),
             r"'sim' is a similarity match itself",
+        ),
+        (
+            lambda: build_rule("local-losses", local_loss="sim", temperature=1.0),
+            r"temperature divides logits, and local_loss 'sim' has none",
         ),
         (
             lambda: build_rule("pepita", update_order="last"),
@@ -267,3 +272,15 @@ def test_a_new_rule_takes_twenty_lines_and_learns(cls) -> None:
 def test_a_name_is_registered_once() -> None:
     with pytest.raises(ValueError, match="rule 'lls' is registered already"):
         register_rule(rule_class("lls"))
+
+
+def test_a_rule_with_options_as_text() -> None:
+    assert parse_rule("lls") == build_rule("lls")
+    expected = build_rule("lls-mxm", m_start="identity", similarity=2.5)
+    assert parse_rule("lls-mxm:m-start=identity:similarity=2.5") == expected
+    assert parse_rule("bp:bp_memory=accumulate:4") == build_rule("bp", bp_memory="accumulate:4")
+    assert parse_rule("lls-mxm-reduced:num_waves=7").num_waves == 7
+    with pytest.raises(UserError, match="option 'similarity' of rule 'lls' is float, got 'much'"):
+        parse_rule("lls:similarity=much")
+    with pytest.raises(UserError, match="rule 'lls' has no option 'local_loss'"):
+        parse_rule("lls:local_loss=sim")

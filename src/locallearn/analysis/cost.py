@@ -50,6 +50,8 @@ _INDEX_BYTES = 8  # a max-pool under autograd keeps int64 indices
 _CONV_GRADIENT_COPIES = 3
 # s0, s1 and G; the head's latent and its gradient before it.
 _NUM_MOMENTS = 4
+# Of the batch: the latents' and the labels', float32.
+_NUM_SIMILARITIES = 2
 # What the update of a weight makes on the way, in plain PyTorch.
 _UPDATE_COPIES = 2
 
@@ -175,6 +177,8 @@ def step_cost(
         additional = sum(head.num_params for head in heads)
         if all(head.is_latent for head in heads):
             name, peak = _peak_of_local_rule(blocks, batch_size, bytes_per_value)
+            if any(head.is_matched for head in heads):
+                peak += _NUM_SIMILARITIES * 4 * batch_size**2
     total = 2 * forward + signal + inside
     return Cost(signal, forward, total, num_params, additional, peak, name)
 
@@ -188,6 +192,7 @@ class _HeadMacs:
     gradient: int
     num_params: int
     is_latent: bool = True
+    is_matched: bool = False  # whether similarities are
 
 
 def _head_macs(rule: LocalRule, block: BlockShapes, num_classes: int, batch_size: int) -> _HeadMacs:
@@ -206,11 +211,12 @@ def _head_macs(rule: LocalRule, block: BlockShapes, num_classes: int, batch_size
     matched = 2 * t * batch_size if head.similarity else 0
     if isinstance(head, MatrixModulatedHead):
         rows = head.modulation.shape[0]
-        return _HeadMacs(2 * t * rows + 2 * rows * k + matched, rows * k, num_params)
-    if isinstance(head, VectorModulatedHead):
-        return _HeadMacs(2 * t * k + k + matched, k, num_params)
-    gradient = 0 if isinstance(head, BasisHead) else t * k
-    return _HeadMacs(2 * t * k + matched, gradient, num_params)
+        signal, gradient = 2 * t * rows + 2 * rows * k, rows * k
+    elif isinstance(head, VectorModulatedHead):
+        signal, gradient = 2 * t * k + k, k
+    else:
+        signal, gradient = 2 * t * k, 0 if isinstance(head, BasisHead) else t * k
+    return _HeadMacs(signal + matched, gradient, num_params, is_matched=matched > 0)
 
 
 def _trace(

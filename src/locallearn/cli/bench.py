@@ -27,7 +27,7 @@ _LEGEND = """* the fastest backpropagation, which the others are compared with.
 def bench(
     model: Annotated[str, typer.Option(help="Network; `locallearn list models`.")] = "smallconv",
     rules: Annotated[
-        str, typer.Option(help="Rules to put beside bp, separated by commas.")
+        str, typer.Option(help="Rules to put beside bp, by commas; options as NAME:OPTION=VALUE.")
     ] = "lls,lls-m,lls-mxm,lls-s",
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
     image_size: Annotated[int, typer.Option(help="Height and width, pixels.")] = 32,
@@ -68,7 +68,7 @@ def bench(
     from locallearn.errors import unknown_name
     from locallearn.kernels import choose_backend, missing_for
     from locallearn.models import build_model
-    from locallearn.rules import build_rule
+    from locallearn.rules import parse_rule
 
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
@@ -128,7 +128,7 @@ def bench(
         if row["path"] == "closed form" or how == ("backprop", "eager"):
             cost = step_cost(
                 build(),
-                build_rule(row["rule"]),
+                parse_rule(row["rule"]),
                 image_shape=config.image_shape,
                 batch_size=batch_size,
                 bytes_per_value=2 if precision == "bf16" else 4,

@@ -18,7 +18,7 @@ def cost(
         str, typer.Option(help="Network; `locallearn list models`, or all.")
     ] = "smallconv",
     rules: Annotated[
-        str, typer.Option(help="Rules, separated by commas.")
+        str, typer.Option(help="Rules, separated by commas; options as NAME:OPTION=VALUE.")
     ] = "bp,local-losses,dfa,drtp,pepita,lls,lls-s,lls-m,lls-mxm,lls-mxm-reduced",
     image_size: Annotated[int, typer.Option(help="Height and width, pixels.")] = 32,
     channels: Annotated[int, typer.Option(help="Of the images.")] = 3,
@@ -42,7 +42,7 @@ def cost(
     from locallearn.engine.files import check_target, write_json
     from locallearn.errors import unknown_name
     from locallearn.models import build_model, list_models
-    from locallearn.rules import build_rule
+    from locallearn.rules import build_rule, parse_rule
 
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
@@ -51,7 +51,8 @@ def cost(
             raise UserError(f"--{name} must be at least 1, got {value}.")
     if json is not None:
         check_target(Path(json), "--json")
-    built = [build_rule(name.strip()) for name in rules.split(",") if name.strip()]
+    named = [name.strip() for name in rules.split(",") if name.strip()]
+    built = [parse_rule(name) for name in named]
     if not built:
         raise UserError("--rules is empty; name one or more, separated by commas.")
 
@@ -90,7 +91,7 @@ def cost(
             for rule in [build_rule("bp"), *built]
         ]
         backprop = costs[0]
-        for rule, each in zip(built, costs[1:], strict=True):
+        for label, each in zip(named, costs[1:], strict=True):
             peak, of_bp = "-", "-"
             if each.peak_activation_bytes is not None:
                 assert backprop.peak_activation_bytes is not None
@@ -98,7 +99,7 @@ def cost(
                 of_bp = f"{each.peak_activation_bytes / backprop.peak_activation_bytes:.2f}"
             table.add_row(
                 name,
-                rule.name,
+                label,
                 f"{each.learning_signal_macs / 1e6:,.3f}",
                 f"{each.total_macs / 1e6:,.1f}",
                 f"{each.num_params:,}",
@@ -106,7 +107,7 @@ def cost(
                 peak,
                 of_bp,
             )
-            rows.append({"model": name, "rule": rule.name, **asdict(each)})
+            rows.append({"model": name, "rule": label, **asdict(each)})
     Console(highlight=False).print(table)
     if json is not None:
         settings = {

@@ -28,7 +28,7 @@ from locallearn.engine.measuring import peak_memory_bytes
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend
 from locallearn.models import BlockNetwork
-from locallearn.rules import Requirement, Rule, build_rule, rule_class
+from locallearn.rules import Requirement, parse_rule
 
 Step = Callable[[Tensor, Tensor], object]
 
@@ -138,7 +138,7 @@ def run_benchmark(
     labels = torch.randint(config.num_classes, (config.batch_size,), generator=generator)
     labels = labels.to(device)
     for rule in config.rules:
-        if rule_class(rule).requires is Requirement.END_TO_END:
+        if parse_rule(rule).requires is Requirement.END_TO_END:
             raise UserError(f"rule {rule!r} is no rule to compare: bp is always measured beside.")
 
     backend = choose_backend(config.backend, config.device)
@@ -228,11 +228,12 @@ def _check(
         sgd: dict[str, Any] = {"optimizer": _sgd, "recalibration_batches": 0}
         torch.manual_seed(config.seed)
         network = build().to(images.device)
-        learner = LocalLearner(network, rule, backend=backend, precision=precision, **sgd)
+        built = parse_rule(rule)
+        learner = LocalLearner(network, built, backend=backend, precision=precision, **sgd)
         x = images
         if is_exact:
             single, x = learner, images.double()
-            learner = LocalLearner(copy.deepcopy(network).double(), rule, backend=backend, **sgd)
+            learner = LocalLearner(copy.deepcopy(network).double(), built, backend=backend, **sgd)
             learner.heads.load_state_dict(single.heads.state_dict())
             for head, twin in zip(learner.heads, single.heads, strict=True):
                 for buffer, source in zip(head.buffers(), twin.buffers(), strict=True):
@@ -297,11 +298,12 @@ def _sides(
     images: Tensor,
     labels: Tensor,
 ) -> list[Side]:
-    def learner(rule: str | Rule, backend: str, **settings: Any) -> LocalLearner:
+    def learner(rule: str, backend: str, **settings: Any) -> LocalLearner:
         torch.manual_seed(config.seed)
         return LocalLearner(
             build().to(images.device),
-            rule,
+            parse_rule(rule),
+            optimizer="schedulefree-adamw",  # for all: pepita's usual one is another
             backend=backend,
             precision=config.precision,
             recalibration_batches=0,
@@ -335,8 +337,8 @@ def _sides(
             step = GraphedStep(captured)
             sides.append(Side("bp", "backprop, graph", how, step, True, graphed=pair))
     for form in _SAVING_FORMS:
-        saving = build_rule("bp", bp_memory=form)
-        sides.append(Side("bp", form, "eager", learner(saving, backend).step))
+        saving = learner(f"bp:bp_memory={form}", backend)
+        sides.append(Side("bp", form, "eager", saving.step))
     return sides
 
 

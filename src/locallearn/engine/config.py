@@ -16,7 +16,7 @@ from locallearn.engine.optimizers import check_schedule, optimizer_spec, usual_o
 from locallearn.errors import UserError, unknown_name
 from locallearn.kernels import choose_backend, missing_for
 from locallearn.models import BlockStyle, model_spec
-from locallearn.rules import Rule, build_rule
+from locallearn.rules import Backprop, Rule, build_rule
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _MAX_THREADS = 1024
@@ -101,14 +101,16 @@ class TrainConfig:
         if not 0 < self.width < math.inf:
             raise UserError(f"--width must be above 0, got {self.width}.")
         optimizer, lr = usual_optimizer(rule)
-        if self.optimizer is not None:
+        if self.optimizer not in (None, optimizer):
+            assert self.optimizer is not None
             optimizer, lr = self.optimizer, optimizer_spec(self.optimizer).default_lr
         check_schedule(self.schedule, optimizer)
         if self.augment is not None and self.augment not in AUGMENTATIONS:
             raise unknown_name("augmentation", self.augment, AUGMENTATIONS)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
-        lowest = {"epochs": 1, "batch_size": 2, "test_batch_size": 1, "group_blocks": 1}
+        smallest = 2 if self.norm == "batch" else 1
+        lowest = {"epochs": 1, "batch_size": smallest, "test_batch_size": 1, "group_blocks": 1}
         for name, low in lowest.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -125,6 +127,13 @@ class TrainConfig:
             raise UserError(f"--lr must be above 0, got {self.lr}.")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--weight-decay must be at least 0, got {self.weight_decay}.")
+        num_parts = rule.num_accumulated if isinstance(rule, Backprop) else 1
+        if num_parts * smallest > self.batch_size and num_parts > 1:
+            raise UserError(
+                f"--bp-memory accumulate:{num_parts} leaves less than {smallest} of "
+                f"{self.batch_size} images for each part; give --batch-size at least "
+                f"{num_parts * smallest}."
+            )
         device = choose_device(self.device)
         if self.compile and (missing := missing_for("compiled", device)):
             raise UserError(f"--compile {missing}. Install it, or leave out --compile.")
@@ -160,14 +169,23 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, settings: dict[str, Any]) -> TrainConfig:
-        """Raises UserError for settings of another version of the program, or edited ones."""
+        """The settings of a run.
+
+        Those that an earlier version did not have take their defaults, which do what it did.
+
+        Raises:
+            UserError: settings of a later version of the program, or edited ones.
+        """
         defaults = cls().to_json()
-        odd = sorted(set(settings) ^ set(defaults))
+        odd = sorted(set(settings) - set(defaults))
         if odd:
             raise UserError(
-                f"the run's settings are not those of this version: {', '.join(odd)}. "
+                f"the run has settings that this version does not know: {', '.join(odd)}. "
                 f"Use the version that made it."
             )
+        needed = {"dataset", "model", "rule", "seed"}
+        if missing := sorted(needed - set(settings)):
+            raise UserError(f"settings of the run are missing: {', '.join(missing)}.")
         config = cls(**settings)
         # What depends on the machine is not looked at: weights are read anywhere.
         portable: dict[str, Any] = {
@@ -177,15 +195,16 @@ class TrainConfig:
             "data_dir": None,
             "cache": None,
         }
-        own = {name: settings[name] for name in portable}
+        own = {name: getattr(config, name) for name in portable}
         try:
             resolved = dataclasses.replace(dataclasses.replace(config, **portable).resolve(), **own)
         except TypeError as error:
             raise UserError(f"a setting of the run has the wrong type ({error}).") from error
-        changed = [k for k, v in resolved.to_json().items() if v != settings[k]]
+        read = resolved.to_json()
+        changed = [name for name, value in settings.items() if value != read[name]]
         if changed:
             raise UserError(f"settings of the run have no value: {', '.join(changed)}.")
-        return config
+        return resolved
 
 
 def flag(name: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.errors import UserError
-from locallearn.models import Block, LinearBlock
+from locallearn.models import Block
 from locallearn.rules import Backprop, HeadSpec, Rule
 
 # Local heads see a block's output pooled to at most this many values (as in the authors' code).
@@ -132,7 +132,7 @@ def head_spec(
             dtype,
             latent_size=block.latent_size,
             num_channels=block.out_channels,
-            is_linear=isinstance(block, LinearBlock),
+            is_linear=block.is_linear,
         )
     assert shape is not None
     latent_size, latent_length = latent_shape(name, shape)

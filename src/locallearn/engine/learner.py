@@ -55,6 +55,7 @@ from locallearn.models import Block
 from locallearn.rules import (
     Backprop,
     ErrorRule,
+    HeadSpec,
     LocalRule,
     Pepita,
     Requirement,
@@ -109,7 +110,7 @@ class LocalLearner(nn.Module):
         example_input: an input batch, from which the output shapes of blocks that are not the
             package's own are read; needed for those alone.
         group_blocks: so many blocks at a time learn together from the head of the last of them,
-            with backpropagation between them.
+            with backpropagation between them. They must run one after the other.
         head_after_pool: a block's head reads what the block hands on, after its max-pool, and not
             the activation before. Takes the generic path where there is a max-pool.
         precision: "fp32", or "bf16": forward and backward under autocast, float32 weights,
@@ -302,14 +303,16 @@ class LocalLearner(nn.Module):
         rule = self.rule
         if rule.requires is Requirement.TWO_FORWARDS:
             self._check_not_blockwise(group_blocks, head_after_pool)
-        foreign = {name: block for name, block in blocks.items() if not isinstance(block, Block)}
-        if not isinstance(rule, LocalRule | ErrorRule):
-            foreign = {}  # without heads
+            if compile_block:
+                raise UserError(f"rule {rule.name!r} runs layer by layer, and is not compiled.")
+        foreign = {}
+        if isinstance(rule, LocalRule | ErrorRule) and not rule.fits_any_output:
+            foreign = {n: block for n, block in blocks.items() if not isinstance(block, Block)}
         shapes = output_shapes(self.model, foreign, example_input) if foreign else {}
         for group in grouped(list(blocks.items()), group_blocks):
             name, block = group[-1]
             leaders = [leader for _, leader in group[:-1]]
-            parameters = [p for _, member in group for p in member.parameters()]
+            parameters = list(dict.fromkeys(p for _, m in group for p in m.parameters()))
             reference = parameters[0] if parameters else torch.empty(0)
             dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
             common: dict[str, Any] = {"name": name, "block": block}
@@ -317,7 +320,10 @@ class LocalLearner(nn.Module):
                 optimizer = self._optimizer_of(parameters, make_optimizer)
                 self._units.append(ModulatedUnit(optimizer=optimizer, **common))
                 continue
-            spec = head_spec(name, block, self.num_classes, dtype, shapes.get(name))
+            if rule.fits_any_output:
+                spec = HeadSpec(1, self.num_classes, dtype=dtype)
+            else:
+                spec = head_spec(name, block, self.num_classes, dtype, shapes.get(name))
             head = rule.build_head(spec).to(reference.device)
             self.heads.append(head)
             common |= {
@@ -525,8 +531,12 @@ class LocalLearner(nn.Module):
         return self._step(images, labels)
 
     def _step(self, images: Tensor, labels: Tensor) -> StepResult:
-        with torch.enable_grad(), self._autocast(images.device.type):
-            logits, loss, signals = self._procedure(images, labels)
+        try:
+            with torch.enable_grad(), self._autocast(images.device.type):
+                logits, loss, signals = self._procedure(images, labels)
+        except BaseException:
+            self._abandon()
+            raise
         self._consider_compiling()
         self._recent.append(images.detach())
         self._is_stale = self._has_two_points
@@ -539,6 +549,13 @@ class LocalLearner(nn.Module):
                 n: s.num_correct for n, s in signals.items() if s.num_correct is not None
             },
         )
+
+    def _abandon(self) -> None:
+        """After a step that failed: nothing of it goes into the next, or holds memory."""
+        for unit in self._units:
+            unit.abandon()
+        for parameter in self.parameters():
+            parameter.grad = None
 
     def _arrange(self, images: Tensor) -> Tensor:
         if self.channels_last and images.ndim == 4:

@@ -266,10 +266,11 @@ def optimizer_factory(
         weight_decay: as the optimizer defines it.
         rule: needed where no optimizer is named.
     """
-    if optimizer is None:
-        assert rule is not None
-        optimizer, usual_lr = usual_optimizer(rule)
-        lr = usual_lr if lr is None else lr
+    if rule is not None:
+        usual, usual_lr = usual_optimizer(rule)
+        if optimizer in (None, usual):
+            optimizer, lr = usual, usual_lr if lr is None else lr
+    assert optimizer is not None
     if not isinstance(optimizer, str):
         if lr is not None or weight_decay:
             raise UserError("lr and weight_decay belong to a named optimizer, not to a function.")

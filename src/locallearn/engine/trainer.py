@@ -287,7 +287,7 @@ class Trainer:
         if checkpoint is None:
             observer.on_note("no checkpoint was written yet: starting over")
         else:
-            if checkpoint.get("config") != config.to_json():
+            if RunConfig.from_json(checkpoint.get("config"), run.checkpoint_path) != config:
                 raise UserError(
                     f"{run.checkpoint_path} is of another run than the config.json beside it."
                 )

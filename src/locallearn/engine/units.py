@@ -89,7 +89,7 @@ class BlockUnit:
     @property
     def has_loss(self) -> bool:
         """Whether the head has a local loss."""
-        return not isinstance(self.head, LocalHead) or self.head.has_loss
+        return isinstance(self.head, LocalHead) and self.head.has_loss
 
     def __init__(
         self,
@@ -126,6 +126,9 @@ class BlockUnit:
         """Leader -> what stands in for its forward."""
         return {}
 
+    def abandon(self) -> None:
+        """Forget what a step that failed has left."""
+
     def _update(self) -> None:
         if self.optimizer is not None:
             self.optimizer.step()
@@ -154,40 +157,79 @@ class GenericUnit(BlockUnit):
             self._activation = self.block.forward
             self._downsample = None
         self._leading: list[Callable[..., Any]] = [leader.forward for leader in self.leaders]
+        # Leaders that have run in this step: number, output, and the leaf that the model was given.
+        self._led: list[tuple[int, Tensor, Tensor]] = []
         if compile_block:
             self._activation = torch.compile(self._activation)
             self._leading = [torch.compile(forward) for forward in self._leading]
 
     def leading_forwards(self) -> dict[nn.Module, Callable[..., Any]]:
-        return {
-            leader: _detaching(forward) if number == 0 else forward
-            for number, (leader, forward) in enumerate(
-                zip(self.leaders, self._leading, strict=True)
-            )
-        }
+        self._led = []
+        return {leader: self._lead(number) for number, leader in enumerate(self.leaders)}
+
+    def _lead(self, number: int) -> Callable[..., Any]:
+        forward = _detaching(self._leading[number]) if number == 0 else self._leading[number]
+
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            output = self._checked(forward(*args, **kwargs))
+            # The graph goes on from a leaf, so that what else reads the output, as a skip around
+            # the next block does, leads into no block.
+            leaf = output.detach().requires_grad_()
+            self._led.append((number, output, leaf))
+            return leaf
+
+        return run
 
     def step(self, labels: Tensor, *args: Any, **kwargs: Any) -> UnitResult:
         activation = self.run(*args, **kwargs)
         hidden = activation.detach()
         with torch.autocast(hidden.device.type, enabled=False):
             signal, grad = self._signal_of(hidden, labels)
-            if activation.requires_grad:
-                activation.backward(grad)  # type: ignore[no-untyped-call]
+            self.backward(activation, grad)
             del activation, grad
             self._update()
         return UnitResult(self.hand_on(hidden), signal)
 
     def run(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the head reads, with its graph, which ends at the block's (or group's) input."""
-        forward = self._activation if self.leaders else _detaching(self._activation)
-        activation = forward(*args, **kwargs)
-        if not isinstance(activation, Tensor):
+        if [number for number, _, _ in self._led] != list(range(len(self.leaders))):
             raise UserError(
-                f"block {self.name!r} returns {type(activation).__name__}; a block's output must "
-                f"be one tensor."
+                f"the {len(self.leaders) + 1} blocks that learn together up to {self.name!r} do "
+                f"not run one after the other in the order in which the model holds them. Name "
+                f"blocks in the order of the forward, or leave out group_blocks."
             )
+        forward = self._activation if self.leaders else _detaching(self._activation)
+        activation = self._checked(forward(*args, **kwargs))
         self.num_elements = activation.numel()
         return activation
+
+    def _checked(self, output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise UserError(
+                f"block {self.name!r} returns {type(output).__name__}; a block's output must "
+                f"be one tensor."
+            )
+        return output
+
+    def backward(self, activation: Tensor, grad: Tensor) -> None:
+        """To the block's input, or through every block of a group to that of the first."""
+        for _, _, leaf in self._led:
+            leaf.grad = None  # of what else has read it
+        if activation.requires_grad:
+            activation.backward(grad)  # type: ignore[no-untyped-call]
+        for _, output, leaf in reversed(self._led):
+            if leaf.grad is None:
+                raise UserError(
+                    f"block {self.name!r} does not depend on a block that is to learn together "
+                    f"with it: what group_blocks joins must be a chain. Leave it out, or name "
+                    f"other blocks."
+                )
+            if output.requires_grad:
+                output.backward(leaf.grad)  # type: ignore[no-untyped-call]
+        self._led = []
+
+    def abandon(self) -> None:
+        self._led = []
 
     def hand_on(self, hidden: Tensor) -> Tensor:
         """The block's output, of what the head reads."""

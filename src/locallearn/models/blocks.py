@@ -8,6 +8,7 @@ again, and its gradient, zero but for rounding, would only make Adam walk at ran
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,7 +76,7 @@ def scaled(width: float, num_channels: int) -> int:
     Raises:
         UserError: a width that is not above 0.
     """
-    if not width > 0:
+    if not 0 < width < math.inf:
         raise UserError(f"width must be above 0, got {width}.")
     return max(1, round(width * num_channels))
 
@@ -92,7 +93,10 @@ class Block(nn.Module):
         latent_length: T.
         basis_length: length at which a random basis is drawn before it is pooled to T (the
             authors' ``hidden_dim``); None means T.
+        is_linear: whether the activation is (N, F).
     """
+
+    is_linear: bool = False
 
     def __init__(
         self,
@@ -180,6 +184,8 @@ class LinearBlock(Block):
         basis_length: see :class:`Block`.
         style: normalisation and activation.
     """
+
+    is_linear = True
 
     def __init__(
         self,

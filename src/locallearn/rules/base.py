@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -222,8 +223,10 @@ class Rule:
         trains: one line: what is trained besides the network itself.
         requires: what has to run before a block can be updated.
         learns_from: what reaches a block's update.
-        activation: of the blocks that its paper uses, which a network has unless told otherwise
-            (see `models.BlockStyle`).
+        activation: of the blocks that its paper uses, which a run's network has unless told
+            otherwise (see `models.BlockStyle`).
+        fits_any_output: whether heads take outputs of any shape, and need only the number of
+            classes and the dtype of what they must fit.
     """
 
     name: ClassVar[str]
@@ -232,6 +235,7 @@ class Rule:
     requires: ClassVar[Requirement]
     learns_from: ClassVar[frozenset[Information]]
     activation: ClassVar[str] = "leaky-relu"
+    fits_any_output: ClassVar[bool] = False
 
     label_smoothing: float = 0.0
 
@@ -344,3 +348,27 @@ def build_rule(name: str, **options: Any) -> Rule:
             raise UserError(f"rule {name!r} has no option {option!r}; it has: {', '.join(known)}.")
     factory: Callable[..., Rule] = cls
     return factory(**options)
+
+
+def parse_rule(text: str) -> Rule:
+    """A rule as a name, or a name with options: ``NAME:OPTION=VALUE:OPTION=VALUE``.
+
+    For example ``local-losses:local_loss=predsim`` or ``bp:bp_memory=accumulate:4``.
+
+    Raises:
+        UserError: as :func:`build_rule`, or a value of another type than the option's.
+    """
+    name, *parts = re.split(r":(?=[\w-]+=)", text.strip())
+    usual = build_rule(name).options()
+    options: dict[str, Any] = {}
+    for part in parts:
+        option, _, value = part.partition("=")
+        option = option.replace("-", "_")
+        kind = type(usual.get(option, ""))
+        try:
+            options[option] = kind(value) if kind in (int, float) else value
+        except ValueError:
+            raise UserError(
+                f"option {option!r} of rule {name!r} is {kind.__name__}, got {value!r}."
+            ) from None
+    return build_rule(name, **options)

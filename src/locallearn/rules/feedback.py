@@ -39,8 +39,8 @@ _MAX_SEED = 2**62
 class Feedback(nn.Module):
     """B, fixed and uniform in +-scale * sqrt(6 / n), as DRTP's authors draw it for all three.
 
-    It is made from its seed when the shape of what it feeds is first seen, and anew when that
-    changes; only the seed is part of the state.
+    It is made from its seed for each shape of what it feeds, when that is first seen; only the seed
+    is part of the state.
 
     Arguments:
         num_classes: K.
@@ -55,7 +55,7 @@ class Feedback(nn.Module):
         self.scale = scale
         self.register_buffer("seed", torch.randint(_MAX_SEED, ()))
         self._seed = int(self.seed)  # on the host, where a step can read it without waiting
-        self._matrix: Tensor | None = None
+        self._matrices: dict[tuple[Any, ...], Tensor] = {}
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     def matrix(self, like: Tensor) -> Tensor:
@@ -64,21 +64,19 @@ class Feedback(nn.Module):
         In its dtype, but not below float32.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
-        made = self._matrix
-        if made is None or (made.shape[1:], made.dtype, made.device) != (
-            like.shape[1:],
-            dtype,
-            like.device,
-        ):
+        is_last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
+        key = (like.shape[1:], dtype, like.device, is_last)
+        if key not in self._matrices:
             generator = torch.Generator().manual_seed(self._seed)
             shape = (self.num_classes, *like.shape[1:])
             bound = self.scale * math.sqrt(6 / math.prod(like.shape[1:]))
             uniform = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
             made = (uniform * bound).to(like.device, dtype)
-        if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
-            made = made.contiguous(memory_format=torch.channels_last)
-        self._matrix = made
-        return made
+            # Each is kept: a captured graph reads it where it lies.
+            self._matrices[key] = (
+                made.contiguous(memory_format=torch.channels_last) if is_last else made
+            )
+        return self._matrices[key]
 
     def project(self, signal: Tensor, like: Tensor) -> Tensor:
         """signal B: (N, K) to the shape of ``like``."""
@@ -102,7 +100,7 @@ def _forget(feedback: nn.Module, incompatible_keys: Any) -> None:
     """After a state was loaded: the seed may be another."""
     assert isinstance(feedback, Feedback)
     feedback._seed = int(feedback.seed)
-    feedback._matrix = None
+    feedback._matrices = {}
 
 
 class DFAHead(ErrorHead):
@@ -144,6 +142,7 @@ class DFA(ErrorRule):
     name: ClassVar[str] = "dfa"
     summary: ClassVar[str] = "the output error projected at random to each block (DFA)"
     trains: ClassVar[str] = "nothing besides the network"
+    fits_any_output: ClassVar[bool] = True
 
     def build_head(self, spec: HeadSpec) -> ErrorHead:
         return DFAHead(spec.num_classes)
@@ -154,13 +153,15 @@ class DFA(ErrorRule):
 class SignDFA(ErrorRule):
     """DFA with the sign of the error alone.
 
-    Without label smoothing that sign is -1 at the label and 1 elsewhere, whatever the network says:
-    nothing of the output is left in it, which is what led its authors to DRTP.
+    Without label smoothing that sign is -1 at the label and 1 elsewhere, for as long as no
+    probability is rounded to 0 or 1: nothing of the output is left in it, which is what led its
+    authors to DRTP.
     """
 
     name: ClassVar[str] = "sdfa"
     summary: ClassVar[str] = "DFA with the error's sign alone (sDFA)"
     trains: ClassVar[str] = "nothing besides the network"
+    fits_any_output: ClassVar[bool] = True
     learns_from: ClassVar[frozenset[Information]] = LocalRule.learns_from
 
     def build_head(self, spec: HeadSpec) -> ErrorHead:
@@ -175,6 +176,7 @@ class DRTP(LocalRule):
     name: ClassVar[str] = "drtp"
     summary: ClassVar[str] = "the label projected at random to each block (DRTP)"
     trains: ClassVar[str] = "nothing besides the network"
+    fits_any_output: ClassVar[bool] = True
     activation: ClassVar[str] = "tanh"
 
     def build_head(self, spec: HeadSpec) -> LocalHead:

@@ -114,6 +114,8 @@ class LocalLosses(ProjectionRule):
         super().__post_init__()
         if self.local_loss not in LOCAL_LOSSES:
             raise unknown_name("local_loss", self.local_loss, LOCAL_LOSSES)
+        if self.local_loss == "sim" and self.temperature != ProjectionRule.temperature:
+            raise UserError("temperature divides logits, and local_loss 'sim' has none.")
         if self.similarity and self.local_loss != "pred":
             raise UserError(
                 f"similarity is a term beside local_loss 'pred'; {self.local_loss!r} is a "

@@ -27,8 +27,9 @@ class Backpropagation:
     Arguments:
         forward: of the model.
         output_layer: here, of all parameters.
-        num_batches: into how many a batch is cut, one after the other, before the update. Fewer
-            where one of them would have a single image, of which BatchNorm has no variance.
+        num_batches: into how many a batch is cut, one after the other, before the update; fewer
+            where one of them would have a single image, of which BatchNorm has no variance. (The
+            last batch of an epoch can be that small; a run's batch size is checked.)
     """
 
     can_be_graphed = True

@@ -21,10 +21,6 @@ class ErrorUnit(GenericUnit):
         super().__init__(**settings)
         self._pending: Tensor | None = None
 
-    @property
-    def has_loss(self) -> bool:
-        return False
-
     def step(self, labels: Tensor, *args: Any, **kwargs: Any) -> UnitResult:
         """The forward alone; :meth:`learn` updates."""
         self._pending = self.run(*args, **kwargs)
@@ -38,10 +34,13 @@ class ErrorUnit(GenericUnit):
         assert isinstance(self.head, ErrorHead)
         hidden = activation.detach()
         grad = self.head.signal(hidden, error).to(hidden.dtype)
-        if activation.requires_grad:
-            activation.backward(grad)  # type: ignore[no-untyped-call]
+        self.backward(activation, grad)
         del activation
         self._update()
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._pending = None
 
 
 class ErrorUpdates:

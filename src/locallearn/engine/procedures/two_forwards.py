@@ -38,24 +38,25 @@ class ModulatedUnit(BlockUnit):
         if not isinstance(block, Block) or type(block).layers is Block.layers:
             raise UserError(
                 f"rule 'pepita' updates layer by layer; block {name!r} ({type(block).__name__}) "
-                f"does not say what its layers are. Use a model of locallearn's own, or give the "
-                f"block a method layers()."
+                f"does not say what its layers are. Use a model of locallearn's own, or make the "
+                f"block a subclass of locallearn.models.Block with a method layers()."
             )
         super().__init__(name=name, block=block, head=None, latent_size=1, optimizer=optimizer)
         self._layers = block.layers()
         self._downsample = block.downsample
-        self._standard: list[Tensor] = []
-
-    @property
-    def has_loss(self) -> bool:
-        return False
+        # Each layer's activity in the first forward, and its version then.
+        self._standard: list[tuple[Tensor, int]] = []
 
     def observe(self, x: Tensor) -> Tensor:
         """The first forward: what every layer's activity is."""
-        self._standard = []
+        if self._standard:
+            raise UserError(
+                f"block {self.name!r} runs twice in one forward; rule 'pepita' compares two "
+                f"forwards layer by layer, so it must run once."
+            )
         for layer in self._layers:
             x = layer.nonlinearity(layer.norm(layer.weighted(x)))
-            self._standard.append(x)
+            self._standard.append((x, x._version))
         self.num_elements = x.numel()
         return self._downsample(x)
 
@@ -66,15 +67,25 @@ class ModulatedUnit(BlockUnit):
             x: the block's input in it.
             updates: whether to update at once, or to leave that to :meth:`update`.
         """
-        for layer, standard in zip(self._layers, self._standard, strict=True):
+        for layer, (standard, version) in zip(self._layers, self._standard, strict=True):
+            if standard._version != version:
+                raise UserError(
+                    f"the model writes in place into the output of block {self.name!r}, which rule "
+                    f"'pepita' compares with that of a second forward. Let it make a new tensor."
+                )
             x = _learn(layer, x, standard)
         self._standard = []
         if updates:
-            self._update()
+            self.update()
         return self._downsample(x)
 
     def update(self) -> None:
-        self._update()
+        """From the gradients that are there."""
+        with torch.autocast(next(self.block.parameters()).device.type, enabled=False):
+            self._update()
+
+    def abandon(self) -> None:
+        self._standard = []
 
 
 def _learn(layer: Layer, x: Tensor, standard: Tensor) -> Tensor:
@@ -87,16 +98,17 @@ def _learn(layer: Layer, x: Tensor, standard: Tensor) -> Tensor:
         difference = standard.to(torch.promote_types(standard.dtype, torch.float32)) - activity
         difference /= len(x) * math.prod(z.shape[2:])
         difference = difference.to(z.dtype)
-    for outputs in (z, normalized):
-        if outputs.requires_grad:
-            outputs.backward(difference)
+    with torch.autocast(z.device.type, enabled=False):
+        for outputs in (z, normalized):
+            if outputs.requires_grad:
+                outputs.backward(difference)
     return activity
 
 
 class TwoForwards:
     """For rules that compare a forward of the input with one of a modulated input.
 
-    Dropout is the same in both.
+    `nn.Dropout` is the same in both.
 
     Arguments:
         model: whose blocks the units hold.
@@ -139,7 +151,8 @@ class TwoForwards:
             without_running_statistics(self._model),
         ):
             outputs = self._model(modulated)
-        self._output_layer.learn(outputs, error.to(outputs.dtype))
+        with torch.autocast(images.device.type, enabled=False):
+            self._output_layer.learn(outputs, error.to(outputs.dtype))
         if not self._is_layerwise:
             for unit in self._units:
                 unit.update()
@@ -154,12 +167,16 @@ class TwoForwards:
     def _random_state(self, device: torch.device) -> Tensor | None:
         if not self._is_random:
             return None
-        return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        if device.type == "cuda":
+            return torch.cuda.get_rng_state(device)
+        return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
 
     def _restore(self, state: Tensor | None, device: torch.device) -> None:
         if state is None:
             return
         if device.type == "cuda":
             torch.cuda.set_rng_state(state, device)
+        elif device.type == "mps":
+            torch.mps.set_rng_state(state)
         else:
             torch.set_rng_state(state)

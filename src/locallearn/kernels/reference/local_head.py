@@ -18,6 +18,8 @@ from locallearn.kernels.reference.channel_stats import per_channel
 
 # Below this norm a latent is treated as zero (F.normalize's own epsilon).
 _NORM_EPS = 1e-12
+# A centred row shorter than so many roundings of the row itself is taken for one without variation.
+_ROUNDING = 16
 
 
 class Projected(NamedTuple):
@@ -44,13 +46,16 @@ def match_similarity(latents: Tensor, labels: Tensor, num_classes: int) -> Match
         dL/dq = 4 / N^2 (S - Y) q,            Y: 1 within a class, -1 / (K - 1) between two
 
     Arguments:
-        latents: p, (N, T). A row without variation has no direction, and no learning signal.
+        latents: p, (N, T). A row without variation, beyond rounding, has no direction, and no
+            learning signal.
         labels: (N,), int64 in 0..K-1.
         num_classes: K.
     """
     n = len(latents)
     centred = latents - latents.mean(dim=1, keepdim=True)
-    q, inverse_norm = _directions(centred)
+    # What rounding leaves of a row of equal values is no direction.
+    noise = _ROUNDING * torch.finfo(latents.dtype).eps * latents.norm(dim=1, keepdim=True)
+    q, inverse_norm = _directions(centred, noise)
     difference = q @ q.T - label_similarity(labels, num_classes, q.dtype)
     grad = _through_directions(difference @ q * (4 / n**2), q, inverse_norm)
     return Matched(difference.square().mean(), grad - grad.mean(dim=1, keepdim=True))
@@ -67,10 +72,11 @@ def label_similarity(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Te
     return (is_same * num_classes - 1) / (num_classes - 1)
 
 
-def _directions(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row at length one, and the inverse of its length (N, 1); zero where that is zero."""
+def _directions(rows: Tensor, floor: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """Each row at length one, and the inverse of its length (N, 1); zero where that is zero, or
+    no more than ``floor``."""
     norm = rows.norm(dim=1, keepdim=True)
-    inverse_norm = torch.where(norm > _NORM_EPS, 1 / norm, 0.0)
+    inverse_norm = torch.where((norm > _NORM_EPS) & (norm > floor), 1 / norm, 0.0)
     return rows * inverse_norm, inverse_norm
 
 
