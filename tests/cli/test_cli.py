@@ -503,7 +503,7 @@ def test_bench_writes_gate_record_and_rows(capsys, monkeypatch) -> None:
 
 
 def test_a_red_gate_shows_no_figures_and_fails(capsys, monkeypatch) -> None:
-    monkeypatch.setattr("locallearn.engine.benchmark._GATE_FLOOR", {"fp32": -10.0})
+    monkeypatch.setattr("locallearn.engine.benchmark._GATE_FLOOR_AT_ALL", {"fp32": -10.0})
     assert main([*BENCH, "--rules", "lls", "--backend", "reference", "--json", "b.json"]) == 1
     captured = capsys.readouterr()
     assert captured.out.startswith("gate RED")

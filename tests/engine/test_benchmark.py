@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 
 import pytest
@@ -87,6 +88,21 @@ def test_a_wrong_kernel_turns_the_gate_red_and_there_are_no_figures(monkeypatch)
     assert result.rows == []
     assert result.gate.errors["lls: compiled"] == pytest.approx(1e-3, rel=0.1)
     assert result.gate.errors["lls: autograd"] < 1e-4
+
+
+def test_the_gate_passes_one_activation_of_the_other_slope_and_no_wrong_channel() -> None:
+    exact = {"model.conv1.weight": torch.randn(32, 27).double()}
+    one_off, all_off = (copy.deepcopy(exact) for _ in range(2))
+    one_off["model.conv1.weight"][5] *= 1.003
+    all_off["model.conv1.weight"] *= 1.001
+    ((one,), (every,)) = (benchmark._errors(e, exact).values() for e in (one_off, all_off))
+    assert one.typical == 0
+    assert 1e-4 < one.at_all < 1e-3
+    assert every.typical > 5e-4
+    wrong = copy.deepcopy(exact)
+    wrong["model.conv1.weight"][5] *= 2
+    (error,) = benchmark._errors(wrong, exact).values()
+    assert error.at_all > benchmark._GATE_FLOOR_AT_ALL["fp32"]
 
 
 def test_bp_is_measured_beside_the_others_and_not_as_one_of_them() -> None:

@@ -172,7 +172,7 @@ from locallearn.models import BlockNetwork, ConvBlock
 from locallearn.models.registry import register_model
 
 @register_model("one-block", summary="the first of SmallConv", min_image_size=8)
-def one_block(*, in_channels, num_classes, dropout=0.0):
+def one_block(*, in_channels, num_classes, **settings):
     blocks = [ConvBlock(in_channels, 32, latent_size=4, max_pool=2)]
     return BlockNetwork(blocks, pool_size=2, num_classes=num_classes)
 """
@@ -329,14 +329,33 @@ def spoil(run_directory: RunDirectory, what: str) -> None:
         value = json.loads(run_directory.config_path.read_text())
         del value["inputs"]
         run_directory.config_path.write_text(json.dumps(value))
-    elif what in ("edited number", "edited null", "setting gone"):
+    elif what in ("edited number", "edited null", "setting gone", "later setting"):
         value = json.loads(run_directory.config_path.read_text())
         value["settings"]["epochs"] = {"edited number": "many", "edited null": None}.get(what, 2)
         if what == "setting gone":
             del value["settings"]["rule"]
+        if what == "later setting":
+            value["settings"]["mood"] = "good"
         run_directory.config_path.write_text(json.dumps(value))
     elif what == "missing":
         shutil.rmtree(run_directory.path)
+
+
+def test_a_run_of_a_version_with_fewer_settings_goes_on_as_it_was(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    old = RunDirectory(tmp_path / "old")
+    interrupted(old.path)
+    later = ["width", "activation", "norm", "group_blocks", "similarity", "cache", "bp_memory"]
+    value = json.loads(old.config_path.read_text())
+    for name in later:
+        del value["settings"][name]
+    old.config_path.write_text(json.dumps(value))
+    state = torch.load(old.checkpoint_path, weights_only=True)
+    for name in later:
+        del state["config"]["settings"][name]
+    torch.save(state, old.checkpoint_path)
+    Trainer.resume(old.path, Recorder()).fit()
+    assert_same_run(tmp_path / "whole", old.path)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +373,8 @@ def spoil(run_directory: RunDirectory, what: str) -> None:
         ("cut config", r"config.json is incomplete or was edited \(KeyError\('inputs'\)\)"),
         ("edited number", r"a setting of the run has the wrong type"),
         ("edited null", r"settings of the run have no value: epochs"),
-        ("setting gone", r"settings are not those of this version: rule"),
+        ("setting gone", r"settings of the run are missing: rule"),
+        ("later setting", r"has settings that this version does not know: mood. Use the version"),
         ("missing", r"is no directory; expected a run directory"),
     ],
 )

@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,13 @@ from locallearn.rules import Requirement, parse_rule
 
 Step = Callable[[Tensor, Tensor], object]
 
-# How far a backend's gradient may lie from the reference's, as a share of its norm, beyond twice
-# what autograd in the same precision is off.
+# How far a backend's gradient may lie from the exact one, as a share of its norm, beyond twice what
+# autograd in the same precision is off: in a typical channel, and at all. An activation within a
+# rounding of zero can take either slope, which moves the gradients of its own channel: of SmallConv
+# at batch 128 (fp32) a block's by 5e-4, now with one backend and now with another.
 _GATE_FLOOR = {"fp32": 1e-4, "bf16": 5e-3}
+_GATE_FLOOR_AT_ALL = {"fp32": 5e-3, "bf16": 2e-2}
+_TYPICAL = 0.75  # of the channels
 # Weights after some steps of Adam, captured against ordinary.
 _NUM_GRAPH_STEPS = 4
 # Of backpropagation, measured for their memory.
@@ -219,8 +223,8 @@ def _check(
 ) -> GateResult:
     """One step of plain SGD at rate one: what each parameter moved by is its gradient.
 
-    Exact is autograd in float64, which shares nothing with what is checked. The largest error of a
-    block's gradients may be twice that of autograd in the benchmark's own precision.
+    Exact is autograd in float64, which shares nothing with what is checked. A block's gradients may
+    be off by twice what autograd in the benchmark's own precision is.
     """
 
     def gradients(rule: str, backend: str, precision: str, is_exact: bool) -> dict[str, Tensor]:
@@ -247,12 +251,14 @@ def _check(
     for rule in config.rules:
         exact = gradients(rule, "autograd", "fp32", True)
         plain = _errors(gradients(rule, "autograd", config.precision, False), exact)
-        errors[f"{rule}: autograd"] = max(plain.values())
+        errors[f"{rule}: autograd"] = max(error.at_all for error in plain.values())
         for checked in dict.fromkeys(("reference", backend)):
             ours = _errors(gradients(rule, checked, config.precision, False), exact)
-            errors[f"{rule}: {checked}"] = max(ours.values())
-            floor = _GATE_FLOOR[config.precision]
-            is_green &= all(error <= 2 * plain[block] + floor for block, error in ours.items())
+            errors[f"{rule}: {checked}"] = max(error.at_all for error in ours.values())
+            for block, error in ours.items():
+                typical = 2 * plain[block].typical + _GATE_FLOOR[config.precision]
+                at_all = 2 * plain[block].at_all + _GATE_FLOOR_AT_ALL[config.precision]
+                is_green &= error.typical <= typical and error.at_all <= at_all
     return GateResult(is_green, errors)
 
 
@@ -260,13 +266,27 @@ def _sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1.0)
 
 
-def _errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Block -> the largest error of any of its parameters' gradients, a share of its norm."""
-    errors: dict[str, float] = {}
+class _Error(NamedTuple):
+    """Of a block's gradients, each a share of its norm: of the channels up to _TYPICAL, and of the
+    whole."""
+
+    typical: float
+    at_all: float
+
+
+def _errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, _Error]:
+    """Block -> the largest errors of any of its parameters' gradients."""
+    errors: dict[str, _Error] = {}
     for name, gradient in exact.items():
         block = ".".join(name.split(".")[:2])  # "model.conv1" or "heads.0"
-        share = (actual[name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
-        errors[block] = max(errors.get(block, 0.0), share.item())
+        norm = gradient.norm().clamp_min(1e-12)
+        off = (actual[name] - gradient).flatten(1) if gradient.ndim > 1 else actual[name] - gradient
+        channels = off.norm(dim=1) if off.ndim > 1 else off.abs()
+        # As if every channel were off by this much.
+        typical = channels.quantile(_TYPICAL) * len(channels) ** 0.5 / norm
+        known = errors.get(block, _Error(0.0, 0.0))
+        at_all = (off.norm() / norm).item()
+        errors[block] = _Error(max(known.typical, typical.item()), max(known.at_all, at_all))
     return errors
 
 
