@@ -80,7 +80,7 @@ def test_a_wrong_kernel_turns_the_gate_red_and_there_are_no_figures(monkeypatch)
     monkeypatch.setattr(benchmark, "choose_backend", lambda *args: "compiled")
     monkeypatch.setattr("locallearn.engine.learner.choose_backend", lambda backend, *args: backend)
     monkeypatch.setattr(
-        "locallearn.engine.units.load_kernels",
+        "locallearn.engine.units.base.load_kernels",
         lambda backend: broken if backend == "compiled" else load_kernels(backend),
     )
     result = run_benchmark(CONFIG, build())

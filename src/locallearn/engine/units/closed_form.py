@@ -1,0 +1,278 @@
+"""Blocks updated in closed form: no autograd graph, nothing kept (docs/closed-form.md).
+
+Shapes: N batch, C channels, H W height and width, F features, s pooling size, T latent length.
+
+One pass over the layer's output z gives the next block's input and the pooled moments, from which
+the tiny head makes the loss and every gradient but that of z; a second pass overwrites z with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from locallearn.engine.units.base import UnitResult, UnitSignal, num_correct
+from locallearn.engine.units.eligibility import NORMS
+from locallearn.engine.units.generic import GenericUnit
+from locallearn.engine.units.layers import (
+    apply_layer,
+    grad_weight,
+    pointwise_grad_input,
+    pointwise_grad_weight,
+)
+from locallearn.errors import UserError
+from locallearn.kernels import (
+    ChannelStats,
+    Kernels,
+    Moments,
+    moment_gradients,
+    moment_latents,
+    pool_latents,
+    unpool_latents,
+)
+from locallearn.models import ConvBlock, DepthwiseSeparableBlock, LinearBlock
+from locallearn.rules import LatentHead, ProjectionHead, accumulate_grad
+
+
+class _HeadGradients(NamedTuple):
+    """What a head says to the closed form; grad_latents is shaped like the moments."""
+
+    signal: UnitSignal
+    grad_latents: Tensor
+    grad_gamma: Tensor
+    grad_beta: Tensor
+
+
+class _Normalized:
+    """BatchNorm and (Leaky)ReLU of a block, as the kernels take them."""
+
+    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d, nonlinearity: nn.Module) -> None:
+        self.norm = norm
+        self.gamma, self.beta = norm.weight, norm.bias
+        is_relu = isinstance(nonlinearity, nn.ReLU)
+        self.slope = 0.0 if is_relu else float(getattr(nonlinearity, "negative_slope", 0.0))
+
+    def stats(self, z: Tensor, kernels: Kernels) -> ChannelStats:
+        norm = self.norm
+        if z.numel() == z.shape[1]:
+            raise UserError(
+                f"BatchNorm has one value for each channel of {tuple(z.shape)}, which has no "
+                f"variance; a batch of at least 2 is expected."
+            )
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        assert norm.momentum is not None
+        return kernels.channel_stats(
+            z, norm.running_mean, norm.running_var, eps=norm.eps, momentum=norm.momentum
+        )
+
+
+class ClosedFormUnit(GenericUnit):
+    """Convolution or linear layer, BatchNorm, (Leaky)ReLU: see the top of this file.
+
+    Arguments:
+        side_stream: a CUDA stream for all that the next block does not wait for: head, backward,
+            weight gradient and update. None runs them in line. The learner waits for it at the
+            end of the step.
+
+    Where the backend is "autograd", it is a generic unit.
+    """
+
+    def __init__(self, *, side_stream: torch.cuda.Stream | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        assert isinstance(self.block, ConvBlock | LinearBlock | DepthwiseSeparableBlock)
+        block = self.block
+        assert isinstance(block.norm, NORMS)
+        self._normalized = _Normalized(block.norm, block.nonlinearity)
+        self._norms = [m for m in block.children() if isinstance(m, NORMS)]
+        self._max_pool: int = getattr(block.pool, "kernel_size", 1)
+        self._side_stream = side_stream
+
+    @property
+    def path(self) -> str:
+        return "generic" if self.backend == "autograd" else "closed form"
+
+    def step(self, labels: Tensor, *args: Any, **kwargs: Any) -> UnitResult:
+        # A BatchNorm in evaluation mode normalises by its running statistics.
+        if self.backend == "autograd" or not all(norm.training for norm in self._norms):
+            return super().step(labels, *args, **kwargs)
+        (x,) = (*args, *kwargs.values())
+        with torch.no_grad():
+            return self._closed_form(labels, x)
+
+    def _closed_form(self, labels: Tensor, x: Tensor) -> UnitResult:
+        assert isinstance(self.block, ConvBlock | LinearBlock)
+        layer = self.block.conv if isinstance(self.block, ConvBlock) else self.block.linear
+        with _computing(x) as x:
+            weight = layer.weight.to(x.dtype)
+            z = apply_layer(layer, x, weight)
+            output, stats, moments = self._forward(z)
+            with self._aside(x, weight, z, *stats, *moments):
+                head = self._learn(moments, labels)
+                if layer.weight.requires_grad:
+                    grad_z = self._grad_z(z, head, stats)
+                    _give(layer.weight, grad_weight(layer, grad_z, x, weight))
+                    del grad_z
+                del z
+                self._update()
+        return UnitResult(output, head.signal)
+
+    def _forward(self, z: Tensor) -> tuple[Tensor, ChannelStats, Moments]:
+        self.num_elements = z.numel()
+        normalized = self._normalized
+        stats = normalized.stats(z, self.kernels)
+        output, moments = self.kernels.block_forward(
+            z,
+            stats,
+            normalized.gamma,
+            normalized.beta,
+            negative_slope=normalized.slope,
+            latent_size=self.latent_size,
+            max_pool=self._max_pool,
+        )
+        assert moments is not None
+        return output, stats, moments
+
+    def _learn(self, moments: Moments, labels: Tensor) -> _HeadGradients:
+        """The head; afterwards gamma, beta and the head's own parameters have their gradients."""
+        result = self._signal(moments, labels)
+        _give(self._normalized.gamma, result.grad_gamma)
+        _give(self._normalized.beta, result.grad_beta)
+        return result
+
+    def _signal(self, moments: Moments, labels: Tensor) -> _HeadGradients:
+        gamma, beta, head = self._normalized.gamma, self._normalized.beta, self.head
+        if isinstance(head, ProjectionHead) and head.has_closed_form:
+            result = self.kernels.local_head(
+                moments,
+                gamma,
+                beta,
+                head.projection(),
+                labels,
+                normalize=head.normalize,
+                temperature=head.temperature,
+                label_smoothing=head.label_smoothing,
+                similarity=head.similarity,
+                needs_grad_projection=head.is_trained,
+            )
+            if result.grad_projection is not None:
+                head.projection_backward(result.grad_projection)
+            return _HeadGradients(
+                UnitSignal(result.loss, result.logits, result.num_correct),
+                result.grad_latents,
+                result.grad_gamma,
+                result.grad_beta,
+            )
+        assert isinstance(head, LatentHead)
+        unpooled = moment_latents(moments, gamma, beta)
+        is_linear = unpooled.ndim == 2
+        latents = pool_latents(unpooled, self.latent_size) if is_linear else unpooled.flatten(1)
+        loss, logits, grad = head.signal(latents, labels)
+        if is_linear:
+            grad = unpool_latents(grad, unpooled, self.latent_size)
+        grad = grad.view(unpooled.shape)
+        signal = UnitSignal(loss, logits, num_correct(logits, labels))
+        return _HeadGradients(signal, grad, *moment_gradients(moments, grad))
+
+    def _grad_z(self, z: Tensor, head: _HeadGradients, stats: ChannelStats) -> Tensor:
+        """dL/dz, in z's memory."""
+        normalized = self._normalized
+        return self.kernels.block_backward(
+            z,
+            head.grad_latents,
+            stats,
+            normalized.gamma,
+            normalized.beta,
+            head.grad_gamma,
+            head.grad_beta,
+            negative_slope=normalized.slope,
+        )
+
+    def _aside(self, *tensors: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """On the side stream, after what the current one has been given so far."""
+        if self._side_stream is None:
+            return contextlib.nullcontext()
+        self._side_stream.wait_stream(torch.cuda.current_stream(self._side_stream.device))
+        for tensor in tensors:
+            tensor.record_stream(self._side_stream)
+        return torch.cuda.stream(self._side_stream)
+
+
+class DepthwiseSeparableUnit(ClosedFormUnit):
+    """The closed form at the last BatchNorm; below it, backpropagation inside the block.
+
+    u is the depthwise convolution's output, a the activation made of it, z the pointwise one's.
+    Every gradient overwrites what is done with: that of z lies in z, of a in a, of u in u.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        assert isinstance(self.block, DepthwiseSeparableBlock)
+        assert isinstance(self.block.depthwise_norm, NORMS)
+        self._inner = _Normalized(self.block.depthwise_norm, self.block.depthwise_nonlinearity)
+
+    def _closed_form(self, labels: Tensor, x: Tensor) -> UnitResult:
+        assert isinstance(self.block, DepthwiseSeparableBlock)
+        block, kernels, inner = self.block, self.kernels, self._inner
+        with _computing(x) as x:
+            depthwise_weight = block.depthwise.weight.to(x.dtype)
+            pointwise_weight = block.pointwise.weight.to(x.dtype)
+            u = apply_layer(block.depthwise, x, depthwise_weight)
+            inner_stats = inner.stats(u, kernels)
+            a, _ = kernels.block_forward(
+                u,
+                inner_stats,
+                inner.gamma,
+                inner.beta,
+                negative_slope=inner.slope,
+                latent_size=None,
+            )
+            z = apply_layer(block.pointwise, a, pointwise_weight)
+            output, stats, moments = self._forward(z)
+            below = (block.depthwise.weight, inner.gamma, inner.beta)
+            with self._aside(
+                x, depthwise_weight, pointwise_weight, u, a, z, *inner_stats, *stats, *moments
+            ):
+                head = self._learn(moments, labels)
+                grad_z = self._grad_z(z, head, stats)
+                if block.pointwise.weight.requires_grad:
+                    gradient = pointwise_grad_weight(block.pointwise, grad_z, a)
+                    _give(block.pointwise.weight, gradient)
+                if any(p.requires_grad for p in below):
+                    grad_a = pointwise_grad_input(block.pointwise, grad_z, a, pointwise_weight)
+                    del z, grad_z, a
+                    grad_u, grad_gamma, grad_beta = kernels.norm_backward(
+                        u,
+                        grad_a,
+                        inner_stats,
+                        inner.gamma,
+                        inner.beta,
+                        negative_slope=inner.slope,
+                    )
+                    del grad_a
+                    _give(inner.gamma, grad_gamma)
+                    _give(inner.beta, grad_beta)
+                    if block.depthwise.weight.requires_grad:
+                        gradient = grad_weight(block.depthwise, grad_u, x, depthwise_weight)
+                        _give(block.depthwise.weight, gradient)
+                self._update()
+        return UnitResult(output, head.signal)
+
+
+@contextlib.contextmanager
+def _computing(x: Tensor) -> Iterator[Tensor]:
+    """Within: no autocast; yields x, detached, in the dtype that autocast computes in."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        yield x.detach().to(dtype)
+
+
+def _give(parameter: Tensor, gradient: Tensor) -> None:
+    if parameter.requires_grad:
+        assert isinstance(parameter, nn.Parameter)
+        accumulate_grad(parameter, gradient.to(parameter.dtype))
