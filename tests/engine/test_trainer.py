@@ -140,6 +140,8 @@ def test_defaults_are_the_papers() -> None:
         {"rule": "lls-mxm", "dropout": 0.2, "augment": "standard"},
         {"rule": "bp", "optimizer": "adamw", "schedule": "plateau", "val_split": 0.2},
         {"rule": "lls", "basis": "random", "optimizer": "sgd", "schedule": "cosine"},
+        {"rule": "dfa", "dropout": 0.2},
+        {"rule": "pepita", "dropout": 0.2, "schedule": "cosine"},
     ],
     ids=lambda s: s["rule"],
 )

@@ -28,21 +28,26 @@ class Backpropagation:
         forward: of the model.
         output_layer: here, of all parameters.
         num_batches: into how many a batch is cut, one after the other, before the update; fewer
-            where one of them would have a single image, of which BatchNorm has no variance. (The
-            last batch of an epoch can be that small; a run's batch size is checked.)
+            where the batch is too small for that, as the last one of an epoch can be.
+        smallest: so many images each of them has at least.
     """
 
     can_be_graphed = True
 
     def __init__(
-        self, forward: Callable[[Tensor], Tensor], output_layer: OutputLayer, num_batches: int = 1
+        self,
+        forward: Callable[[Tensor], Tensor],
+        output_layer: OutputLayer,
+        num_batches: int = 1,
+        smallest: int = 1,
     ) -> None:
+        self._smallest = smallest
         self._forward = forward
         self._output_layer = output_layer
         self._num_batches = num_batches
 
     def __call__(self, images: Tensor, labels: Tensor) -> Outcome:
-        num_batches = min(self._num_batches, max(1, len(images) // 2))
+        num_batches = min(self._num_batches, max(1, len(images) // self._smallest))
         if num_batches > 1:
             return self._accumulate(images, labels, num_batches)
         logits = not_below_float32(self._forward(images))
@@ -191,4 +196,6 @@ def build_backpropagation(
         return CheckpointedBackpropagation(model, checkpointed, output_layer)
     if rule.bp_memory == "fused-optimizer":
         return FusedBackpropagation(forward, output_layer.parameters, optimizers, output_layer)
-    return Backpropagation(forward, output_layer, rule.num_accumulated)
+    has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    # Of a single image BatchNorm has no variance.
+    return Backpropagation(forward, output_layer, rule.num_accumulated, 2 if has_norm else 1)
