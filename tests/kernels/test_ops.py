@@ -156,7 +156,7 @@ def autograd(z: Tensor, gamma, beta, size: int, pool: int, labels, d, similarity
     loss = F.cross_entropy(F.normalize(p, dim=1) @ d.T / 0.5, labels)
     if similarity:
         rows = (p, F.one_hot(labels, len(d)).to(p.dtype))
-        s, y = (F.normalize(r - r.mean(1, keepdim=True)) for r in rows)
+        s, y = (F.normalize(r - r.mean(0)) for r in rows)
         loss = loss + similarity * F.mse_loss(s @ s.T, y @ y.T)
     return output.detach(), loss.detach(), torch.autograd.grad(loss, (z, gamma, beta, d))
 

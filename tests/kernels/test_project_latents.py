@@ -22,8 +22,9 @@ SIZES = [
 
 
 def similarities(rows):
-    """Cosine similarity of rows less their means; none where nothing is left of a row."""
-    q = F.normalize(rows - rows.mean(1, keepdim=True))
+    """Cosine similarity of rows less their mean over the batch; none where nothing is left."""
+    deviations = rows - rows.mean(0)
+    q = F.normalize(torch.where(deviations.abs() < 1e-12, 0.0, deviations))
     return q @ q.T
 
 
@@ -85,39 +86,47 @@ def test_by_hand() -> None:
 
 
 def test_similarity_by_hand() -> None:
-    # Rows (1, -1) and (2, 0), less their means, point the same way: S is all ones. Of two classes
-    # Y is -1 between them, so that (S - Y)^2 is 4 twice and 0 twice. Nothing can be gained by a
-    # small step: the similarity is at its maximum.
-    p = torch.tensor([[1.0, -1.0], [2.0, 0.0]], dtype=torch.float64)
+    # Less their mean (1, 0), the latents (1, 1), (1, -1) are (0, 1) and (0, -1): S is -1 between
+    # them, as Y is of two classes. Nothing is left to learn.
+    p = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     result = match_similarity(p, torch.tensor([0, 1]), 2)
-    assert result.loss.item() == pytest.approx(2.0)
+    assert result.loss.item() == pytest.approx(0.0)
     assert result.grad_latents.abs().max() < 1e-12
-    # At a right angle, with three classes: S - Y is 1/2 off the diagonal, the mean square 1/8.
-    p = torch.tensor([[1.0, 0.0, -1.0], [1.0, -2.0, 1.0]], dtype=torch.float64)
-    result = match_similarity(p, torch.tensor([0, 1]), 3)
-    assert result.loss.item() == pytest.approx(1 / 8)
-    # dL/dq_0 = 4 / 4 * 1/2 * q_1, at a right angle to q_0; divided by ||p_0|| = sqrt(2).
-    expected = 0.5 * p[1] / math.sqrt(6) / math.sqrt(2)
-    assert result.grad_latents[0].tolist() == pytest.approx(expected.tolist())
+    # Four latents about zero, along the axes, each pair of opposites one class. S is -1 between
+    # opposites and 0 between neighbours, where Y is 1 and -1: the differences are -2 and 1, eight
+    # times and four, so that the mean square is (4 * 4 + 8 * 1) / 16.
+    p = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
+    result = match_similarity(p, torch.tensor([0, 0, 1, 1]), 2)
+    assert result.loss.item() == pytest.approx(24 / 16)
+    # (S - Y) q of the first: -2 (-1, 0) + 1 (0, 1) + 1 (0, -1) = (2, 0), along itself: no length
+    # helps, and a saddle has no gradient.
+    assert result.grad_latents.abs().max() < 1e-12
+    # Turned by a quarter, latent 3 lies where latent 1 does, so that the classes share a side.
+    p = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [1.0, 0.0], [-1.0, -1.0]], dtype=torch.float64)
+    before = match_similarity(p, torch.tensor([0, 1, 0, 1]), 2)
+    after = match_similarity(p - 0.1 * before.grad_latents, torch.tensor([0, 1, 0, 1]), 2)
+    assert after.loss < before.loss
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 7])
 def test_label_similarity_is_that_of_one_hot_labels(num_classes: int) -> None:
     labels = torch.randint(num_classes, (9,))
-    expected = similarities(F.one_hot(labels, num_classes).double())
+    onehot = F.one_hot(labels, num_classes).double()
+    q = F.normalize(onehot - onehot.mean(1, keepdim=True))
     actual = label_similarity(labels, num_classes, torch.float64)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(actual, q @ q.T, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("length", [4, 27, 100, 512])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_latents_without_variation_are_drawn_nowhere(dtype: torch.dtype, length: int) -> None:
-    p = torch.randn(3, length, dtype=dtype)
-    p[0] = 0.1  # whose mean is not 0.1 to the last digit
-    result = match_similarity(p, torch.tensor([0, 1, 0]), 2)
+def test_latents_that_are_all_alike_are_drawn_nowhere(dtype: torch.dtype, length: int) -> None:
+    p = torch.full((7, length), 0.1, dtype=dtype)  # whose mean is not 0.1 to the last digit
+    result = match_similarity(p, torch.tensor([0, 1, 0, 1, 1, 0, 1]), 2)
     assert result.loss.isfinite()
-    assert result.grad_latents[0].tolist() == [0.0] * length
-    assert result.grad_latents[1:].abs().sum() > 0
+    assert result.grad_latents.abs().max() == 0
+    one = match_similarity(torch.randn(1, length, dtype=dtype), torch.tensor([1]), 2)
+    assert one.loss == 0
+    assert one.grad_latents.abs().max() == 0
 
 
 def test_latents_of_zero_learn_nothing_and_stay_finite() -> None:

@@ -186,7 +186,7 @@ def test_signal_matches_autograd_of_the_formulas(name: str, basis: str, setting:
         logits = correlation @ head.modulation
     loss = F.cross_entropy(logits / 0.5, y)
     if name == "lls-s":
-        s, t = (F.normalize(r - r.mean(1, keepdim=True)) for r in (p, F.one_hot(y, 7).double()))
+        s, t = (F.normalize(r - r.mean(0)) for r in (p, F.one_hot(y, 7).double()))
         loss = loss + 10 * F.mse_loss(s @ s.T, t @ t.T)
     parameters = list(head.parameters())
     expected = torch.autograd.grad(loss, [p, *parameters])

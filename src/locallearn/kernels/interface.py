@@ -208,12 +208,12 @@ class Kernels(Protocol):
             label_smoothing: mass spread evenly over the classes, in [0, 1).
             similarity: lambda; where above 0, lambda mean((S - Y)^2) is added to the loss, S and Y
                 (N, N) the cosine similarities of the latents and of the one-hot labels, of either
-                after the mean of each row is subtracted from it.
+                after the mean over the batch is subtracted.
             needs_grad_projection: whether dL/dD is wanted.
 
-        Source: LLS (arXiv 2405.15868), for M equations 5 and 6; Nokland and Eidnes, "Training
-        Neural Networks with Local Error Signals" (ICML 2019), equation 1, for the similarity; the
-        moments are our own.
+        Source: LLS (arXiv 2405.15868), for M equations 5 and 6; the similarity after Nokland and
+        Eidnes, "Training Neural Networks with Local Error Signals" (ICML 2019), who subtract the
+        mean of each row instead; the moments are our own.
         """
         ...
 

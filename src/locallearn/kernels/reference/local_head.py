@@ -42,23 +42,26 @@ class Matched(NamedTuple):
 def match_similarity(latents: Tensor, labels: Tensor, num_classes: int) -> Matched:
     """How far the similarities of the latents are from those of the labels, and its gradient.
 
-        c = p - mean of p over its row        q = c / ||c||_2        S = q q^T
-        dL/dq = 4 / N^2 (S - Y) q,            Y: 1 within a class, -1 / (K - 1) between two
+        c = p - mean of p over the batch      q = c / ||c||_2      S = q q^T
+        dL/dq = 4 / N^2 (S - Y) q             Y: the same of the one-hot labels
 
     Arguments:
-        latents: p, (N, T). A row without variation, beyond rounding, has no direction, and no
+        latents: p, (N, T). One that is the batch's mean, but for rounding, has no direction, and no
             learning signal.
         labels: (N,), int64 in 0..K-1.
         num_classes: K.
     """
     n = len(latents)
-    centred = latents - latents.mean(dim=1, keepdim=True)
-    # What rounding leaves of a row of equal values is no direction.
+    centred = latents - latents.mean(dim=0)
+    # What rounding leaves of a latent that is the mean is no direction.
     noise = _ROUNDING * torch.finfo(latents.dtype).eps * latents.norm(dim=1, keepdim=True)
     q, inverse_norm = _directions(centred, noise)
-    difference = q @ q.T - label_similarity(labels, num_classes, q.dtype)
+    classes = torch.arange(num_classes, device=labels.device)
+    onehot = (labels[:, None] == classes).to(latents.dtype)
+    y, _ = _directions(onehot - onehot.mean(dim=0), _ROUNDING * torch.finfo(latents.dtype).eps)
+    difference = q @ q.T - y @ y.T
     grad = _through_directions(difference @ q * (4 / n**2), q, inverse_norm)
-    return Matched(difference.square().mean(), grad - grad.mean(dim=1, keepdim=True))
+    return Matched(difference.square().mean(), grad - grad.mean(dim=0))
 
 
 def label_similarity(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
