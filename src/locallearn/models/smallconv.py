@@ -44,12 +44,6 @@ def _smallconv(
     style: BlockStyle = DEFAULT_STYLE,
 ) -> BlockNetwork:
     c1, c2, c3 = (scaled(width, channels) for channels in widths)
-    linear = LinearBlock(
-        c3 * 4,
-        scaled(width, num_features),
-        latent_size=scaled(width, latent_size),
-        style=style,
-    )
     return BlockNetwork(
         [
             ConvBlock(in_channels, c1, latent_size=4, max_pool=2, style=style),
@@ -57,7 +51,14 @@ def _smallconv(
             ConvBlock(c2, c3, latent_size=2, style=style),
         ],
         pool_size=2,
-        linear_blocks=[linear],
+        linear_blocks=[
+            LinearBlock(
+                c3 * 4,
+                scaled(width, num_features),
+                latent_size=scaled(width, latent_size),
+                style=style,
+            )
+        ],
         num_classes=num_classes,
         dropout=dropout,
     )

@@ -62,6 +62,19 @@ def _vgg(
 
     ``linear_plan``: (out_features, latent_size) of each linear one.
     """
+    linear_blocks = []
+    in_features = scaled(width, plan[-1][0]) * _POOL_SIZE**2
+    for out_features, latent_size in linear_plan:
+        linear_blocks.append(
+            LinearBlock(
+                in_features,
+                scaled(width, out_features),
+                latent_size=scaled(width, latent_size),
+                basis_length=_BASIS_LENGTH,
+                style=style,
+            )
+        )
+        in_features = linear_blocks[-1].out_channels
     conv_blocks = []
     for out_channels, latent_size, max_pool in plan:
         conv_blocks.append(
@@ -75,19 +88,6 @@ def _vgg(
             )
         )
         in_channels = conv_blocks[-1].out_channels
-    linear_blocks = []
-    in_features = in_channels * _POOL_SIZE**2
-    for out_features, latent_size in linear_plan:
-        linear_blocks.append(
-            LinearBlock(
-                in_features,
-                scaled(width, out_features),
-                latent_size=scaled(width, latent_size),
-                basis_length=_BASIS_LENGTH,
-                style=style,
-            )
-        )
-        in_features = linear_blocks[-1].out_channels
     return BlockNetwork(
         conv_blocks,
         pool_size=_POOL_SIZE,
