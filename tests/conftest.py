@@ -21,6 +21,12 @@ def _as_at_the_start() -> None:
     torch.set_num_threads(NUM_THREADS)  # of its own, a run of an earlier test may have set one
 
 
+@pytest.fixture
+def one_thread() -> None:
+    """For networks so small that a second thread costs more than it saves."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def needs_compiler() -> None:
     """Skips, saying so, where the compiled backend can't be used on the CPU."""

@@ -31,6 +31,9 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 CLASSES = 4
 WIDTHS = {"smallconv": 1 / 4, "smallconv-l": 1 / 12, "vgg8": 1 / 16, "vgg11": 1 / 16}
 
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 every_rule_and_model = pytest.mark.parametrize(
     ("model", "name", "options"),
     [(model, *rule) for model in list_models() for rule in OPTIONS],
@@ -67,7 +70,7 @@ def test_learns_and_resumes_exactly(model: str, name: str, options: dict[str, An
     learner = learner_of(model, rule)
     first = learner.step(images, labels)
     assert list(first.block_losses) == learner.loss_names
-    for _ in range(4):
+    for _ in range(2):
         learner.step(images, labels)
 
     state = learner.training_state()
@@ -79,7 +82,7 @@ def test_learns_and_resumes_exactly(model: str, name: str, options: dict[str, An
         assert torch.equal(value, twin.state_dict()[key]), key
     assert torch.equal(resumed.loss, last.loss)
 
-    for _ in range(6):
+    for _ in range(4):
         last = learner.step(images, labels)
     assert last.loss < first.loss
     for block, loss in last.block_losses.items():
@@ -107,9 +110,9 @@ def test_what_reaches_a_block_is_what_the_rule_declares(
 ) -> None:
     rule = build_rule(name, **options)
     images, labels = dataset(8)
-    # The first block, one in the middle, and the last.
+    # The first block and the last but one, which has one behind it.
     names = [n for n, m in learner_of(model, rule).model.named_modules() if isinstance(m, Block)]
-    chosen = [names[0], names[len(names) // 2], names[-1]]
+    chosen = [names[0], names[-2]]
     audited = audit_locality(
         lambda: learner_of(model, rule, torch.float64, optimizer=sgd),
         images.double(),

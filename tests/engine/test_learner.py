@@ -16,6 +16,8 @@ from locallearn.kernels import cxx_compiler
 from locallearn.models import Block, ConvBlock, LinearBlock
 from locallearn.rules import BASES, SETTINGS, LatentRule, Requirement, rule_class
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LOCAL = [name for name in list_rules() if rule_class(name).requires is Requirement.LOCAL]
 LATENT = [name for name in LOCAL if issubclass(rule_class(name), LatentRule)]
 LLS_FAMILY = [name for name in LATENT if name.startswith("lls")]

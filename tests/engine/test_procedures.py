@@ -16,6 +16,8 @@ from locallearn.engine.measuring import peak_memory_bytes
 from locallearn.models import Block, BlockStyle, ConvBlock, LinearBlock
 from locallearn.rules import Feedback, Rule, SimilarityHead
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = 5
 STYLES = [BlockStyle(), BlockStyle("tanh", "none"), BlockStyle("relu", "none")]
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 import locallearn.engine.building as building_module
 import locallearn.engine.trainer as trainer_module
@@ -56,6 +57,15 @@ class Recorder(QuietObserver):
 
     def on_epoch(self, row: dict[str, float], num_epochs: int) -> None:
         self.rows.append(row)
+
+
+@pytest.fixture(autouse=True)
+def _event_files_in_order(monkeypatch) -> None:
+    """TensorBoard reads a run's files by name: time in seconds, then how many the process had
+    written. Of two in one second the tenth would come before the ninth; processes apart have other
+    seconds."""
+    counter = event_file_writer.AtomicCounter(1_000_000)
+    monkeypatch.setattr(event_file_writer, "_global_uid", counter)
 
 
 def run(out: Path, **settings: Any) -> dict[str, Any]:
