@@ -12,7 +12,7 @@ import torch
 
 from locallearn.data import AUGMENTATIONS, dataset_spec
 from locallearn.engine.learner import PRECISIONS
-from locallearn.engine.optimizers import check_schedule, optimizer_spec, usual_optimizer
+from locallearn.engine.optimizers import check_schedule, usual_optimizer
 from locallearn.errors import UserError, unknown_name
 from locallearn.kernels import choose_backend, missing_for
 from locallearn.models import BlockStyle, model_spec
@@ -100,10 +100,7 @@ class TrainConfig:
         self.block_style()
         if not 0 < self.width < math.inf:
             raise UserError(f"--width must be above 0, got {self.width}.")
-        optimizer, lr = usual_optimizer(rule)
-        if self.optimizer not in (None, optimizer):
-            assert self.optimizer is not None
-            optimizer, lr = self.optimizer, optimizer_spec(self.optimizer).default_lr
+        optimizer, lr = usual_optimizer(rule, self.optimizer)
         check_schedule(self.schedule, optimizer)
         if self.augment is not None and self.augment not in AUGMENTATIONS:
             raise unknown_name("augmentation", self.augment, AUGMENTATIONS)

@@ -239,15 +239,17 @@ def optimizer_spec(name: str) -> OptimizerSpec:
     return _OPTIMIZERS.get(name)
 
 
-def usual_optimizer(rule: Rule) -> tuple[str, float]:
-    """The optimizer that a rule is trained with unless told otherwise, and its learning rate.
+def usual_optimizer(rule: Rule, name: str | None = None) -> tuple[str, float]:
+    """The optimizer of that name, or the one a rule is usually trained with, and its learning rate.
 
     PEPITA's is its paper's, SGD with momentum: its updates are small differences, of which Adam
     makes steps of full length whatever they are worth (SmallConv on MNIST: 24 % with
     schedulefree-adamw where sgd reaches 95 %).
     """
-    name = "sgd" if isinstance(rule, Pepita) else "schedulefree-adamw"
-    return name, _PEPITA_LR if isinstance(rule, Pepita) else optimizer_spec(name).default_lr
+    usual = "sgd" if isinstance(rule, Pepita) else "schedulefree-adamw"
+    name = usual if name is None else name
+    has_own_rate = isinstance(rule, Pepita) and name == usual
+    return name, _PEPITA_LR if has_own_rate else optimizer_spec(name).default_lr
 
 
 def optimizer_factory(
@@ -266,10 +268,9 @@ def optimizer_factory(
         weight_decay: as the optimizer defines it.
         rule: needed where no optimizer is named.
     """
-    if rule is not None:
-        usual, usual_lr = usual_optimizer(rule)
-        if optimizer in (None, usual):
-            optimizer, lr = usual, usual_lr if lr is None else lr
+    if rule is not None and (optimizer is None or isinstance(optimizer, str)):
+        optimizer, usual_lr = usual_optimizer(rule, optimizer)
+        lr = usual_lr if lr is None else lr
     assert optimizer is not None
     if not isinstance(optimizer, str):
         if lr is not None or weight_decay:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -100,20 +101,13 @@ class CheckpointedBackpropagation(Backpropagation):
 
 def _through_checkpoint(block: nn.Module) -> Callable[..., Any]:
     inner = block.forward
-    num_runs = 0
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal num_runs
-        num_runs += 1
-        if num_runs == 1:
-            return inner(*args, **kwargs)
-        with without_running_statistics(block):
-            return inner(*args, **kwargs)
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Of the forward, and of its repetition."""
+        return nullcontext(), without_running_statistics(block)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal num_runs
-        num_runs = 0
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return checkpoint(inner, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return forward
 
