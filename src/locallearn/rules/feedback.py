@@ -16,6 +16,7 @@ Signals Allow for Feedforward Training of Deep Neural Networks" (Frontiers in Ne
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,7 +65,7 @@ class Feedback(nn.Module):
         In its dtype, but not below float32.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
-        is_last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
+        is_last = _is_channels_last(like)
         key = (like.shape[1:], dtype, like.device, is_last)
         if key not in self._matrices:
             generator = torch.Generator().manual_seed(self._seed)
@@ -80,20 +81,25 @@ class Feedback(nn.Module):
 
     def project(self, signal: Tensor, like: Tensor) -> Tensor:
         """signal B: (N, K) to the shape of ``like``."""
-        matrix = self.matrix(like)
-        if matrix.ndim == 4 and matrix.is_contiguous(memory_format=torch.channels_last):
-            # In the order of memory, so that nothing is copied.
-            rows = matrix.permute(0, 2, 3, 1)
-            projected = (signal @ rows.flatten(1)).view(-1, *rows.shape[1:])
-            return projected.permute(0, 3, 1, 2)
-        return (signal @ matrix.flatten(1)).view(like.shape)
+        return self._combine(
+            like, lambda rows: (signal @ rows.flatten(1)).view(-1, *rows.shape[1:])
+        )
 
     def select(self, labels: Tensor, like: Tensor) -> Tensor:
         """onehot B: each label's row, in the shape of ``like``."""
+        return self._combine(like, lambda rows: rows[labels])
+
+    def _combine(self, like: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
+        """What ``combine`` makes of B's rows, which it is given in the order of memory, so that
+        nothing is copied."""
         matrix = self.matrix(like)
-        if matrix.ndim == 4 and matrix.is_contiguous(memory_format=torch.channels_last):
-            return matrix.permute(0, 2, 3, 1)[labels].permute(0, 3, 1, 2)
-        return matrix[labels]
+        if not _is_channels_last(matrix):
+            return combine(matrix)
+        return combine(matrix.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _forget(feedback: nn.Module, incompatible_keys: Any) -> None:
