@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "data": {"kernels"},
     "engine": {"kernels", "rules", "models", "data"},
     "analysis": {"kernels", "rules", "models", "data", "engine"},
-    "cli": {"kernels", "rules", "models", "data", "engine", "analysis"},
+    "recipes": {"kernels", "rules", "models", "data", "engine", "analysis"},
+    "cli": {"kernels", "rules", "models", "data", "engine", "analysis", "recipes"},
 }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from locallearn.cli import bench, cost, doctor, evaluate, listing, predict, train
+from locallearn.cli import bench, cost, doctor, evaluate, listing, predict, reproduce, train
 from locallearn.errors import UserError
 
 BAD_INPUT = 2
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("reproduce")(reproduce.reproduce)
 app.command("bench")(bench.bench)
 app.command("cost")(cost.cost)
 app.command("list")(listing.list_names)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from locallearn.cli.console import QuietObserver, make_observer
+from locallearn.cli.console import make_observer
+from locallearn.cli.signals import noting_signals
 from locallearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -252,7 +250,7 @@ def train(
         trainer = Trainer.start(config, path, observer)
 
     try:
-        with _stopping(trainer, observer):
+        with contextlib.closing(observer), noting_signals(trainer.request_stop):
             summary = trainer.fit()
     except Interrupted as interruption:
         step, epoch = trainer.step, trainer.epoch
@@ -281,25 +279,6 @@ def _free_path(config: Any) -> Path:
         path = Path("runs") / f"{stem}-{number}"
         number += 1
     return path
-
-
-@contextlib.contextmanager
-def _stopping(trainer: Trainer, observer: QuietObserver) -> Iterator[None]:
-    """Within: SIGINT and SIGTERM end training after the step; a second one ends it at once."""
-
-    def request(number: int, frame: FrameType | None) -> None:
-        trainer.stop_signal = number
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {
-        int(each): signal.signal(each, request) for each in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        observer.close()
 
 
 def _print_summary(summary: dict[str, Any], trainer: Trainer) -> None:

@@ -21,7 +21,7 @@ from locallearn.engine.config import TrainConfig
 from locallearn.engine.finding import count_normalized
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
 from locallearn.kernels import choose_backend, missing_for
-from locallearn.models import build_model
+from locallearn.models import BlockNetwork, build_model
 from locallearn.rules import HeadSpec, LatentHead, LocalRule
 
 # Batches that BatchNorm's running statistics are re-estimated on before an evaluation, where the
@@ -67,6 +67,19 @@ def load_data(
     )
 
 
+def build_network(settings: TrainConfig, inputs: InputSpec, num_classes: int) -> BlockNetwork:
+    """A fresh network as the settings say, on the device that is torch's default."""
+    return build_model(
+        settings.model,
+        num_classes=num_classes,
+        in_channels=inputs.num_channels,
+        image_size=inputs.image_size,
+        dropout=settings.dropout,
+        width=settings.width,
+        style=settings.block_style(),
+    )
+
+
 def build_learner(
     settings: TrainConfig,
     inputs: InputSpec,
@@ -84,17 +97,8 @@ def build_learner(
         device: where it trains; the CPU where None.
         compile: whether to compile; not needed for inference alone.
     """
-    model = build_model(
-        settings.model,
-        num_classes=num_classes,
-        in_channels=inputs.num_channels,
-        image_size=inputs.image_size,
-        dropout=settings.dropout,
-        width=settings.width,
-        style=settings.block_style(),
-    )
     return LocalLearner(
-        model.to(device),
+        build_network(settings, inputs, num_classes).to(device),
         settings.build_rule(),
         num_classes=num_classes,
         optimizer=settings.optimizer,
@@ -128,14 +132,7 @@ def choose_run_backend(settings: TrainConfig, dataset: Dataset) -> tuple[str, st
     if not _has_closed_form(settings):
         return "autograd", "auto: rule and blocks have no closed form"
     with torch.device("meta"):
-        model = build_model(
-            settings.model,
-            num_classes=dataset.num_classes,
-            in_channels=dataset.inputs.num_channels,
-            image_size=dataset.inputs.image_size,
-            width=settings.width,
-            style=settings.block_style(),
-        )
+        model = build_network(settings, dataset.inputs, dataset.num_classes)
         image = torch.empty(1, dataset.inputs.num_channels, *dataset.inputs.image_size)
         num_blocks, num_values = count_normalized(model, image)
     total = num_values * len(dataset.train) * settings.epochs

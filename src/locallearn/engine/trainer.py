@@ -334,6 +334,10 @@ class Trainer:
             writer.close()
         return self._finish_run()
 
+    def request_stop(self, signal_number: int) -> None:
+        """Have :meth:`fit` save everything after this step, and raise Interrupted."""
+        self.stop_signal = signal_number
+
     def _train_epoch(self) -> None:
         names = self.learner.loss_names
         began = time.perf_counter() - self.train_seconds

@@ -1,0 +1,293 @@
+"""What `locallearn reproduce` shows: the whole table, live on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from locallearn.engine import RunDirectory, Snapshot
+from locallearn.recipes import (
+    Busy,
+    Cell,
+    CellState,
+    EpochDone,
+    Failed,
+    Finished,
+    Message,
+    Noted,
+    Outcome,
+    Plan,
+    RowResult,
+    Spread,
+    Started,
+    Stopped,
+    collect,
+    measure,
+    unmeasured,
+    write_table,
+)
+
+_REFRESH_SECONDS = 0.25
+_FILE_WIDTH = 120  # characters, where there is no terminal to be as wide as
+_MINUTE, _HOUR = 60, 3600
+
+
+class CellView:
+    """Where one run is."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.state = cell.state()
+        self.is_running = False
+        self.error: str | None = None
+        self.doing = ""
+        self.test_acc: float | None = None
+        assert cell.settings.epochs is not None
+        self.num_epochs = cell.settings.epochs
+        self.epochs_done = 0.0  # with the part of the one that goes on
+        if self.state is CellState.DONE:
+            summary = RunDirectory(cell.path).read_summary()
+            assert summary is not None
+            self.finish(summary["test_acc"])
+
+    def finish(self, test_acc: float) -> None:
+        self.state, self.is_running = CellState.DONE, False
+        self.test_acc, self.epochs_done = test_acc, self.num_epochs
+
+    def text(self) -> Text:
+        """In a few characters."""
+        if self.error is not None:
+            return Text("failed", style="bold red")
+        if self.state is CellState.DONE:
+            return Text(f"{self.test_acc:.2f}", style="green")
+        if self.is_running:
+            return Text(f"{100 * self.epochs_done / self.num_epochs:3.0f} %", style="bold yellow")
+        return Text("paused" if self.state is CellState.STARTED else "·", style="dim")
+
+
+class TableView:
+    """Keeps where each run is; the terminal's and the plain view refine it."""
+
+    def __init__(self, plan: Plan, num_jobs: int) -> None:
+        self.plan = plan
+        self.num_jobs = num_jobs
+        self.cells = {cell: CellView(cell) for cell in plan.cells}
+        self.began = time.monotonic()
+        self._epoch_began: dict[Cell, float] = {}
+        self._seconds_per_epoch: dict[str, list[float]] = {}
+
+    # -- told by the runs -------------------------------------------------------------------
+
+    def on_begin(self, cell: Cell) -> None:
+        view = self.cells[cell]
+        view.is_running, view.doing = True, "starting"
+
+    def on_message(self, cell: Cell, message: Message) -> None:
+        view = self.cells[cell]
+        if isinstance(message, Started):
+            view.state, view.epochs_done = CellState.STARTED, message.epoch
+            self._epoch_began[cell] = time.monotonic()
+        elif isinstance(message, Busy):
+            view.doing = message.text
+        elif isinstance(message, Noted):
+            self.note(f"{cell.name}: {message.text}")
+        elif isinstance(message, Snapshot):
+            view.epochs_done = message.epoch - 1 + message.step / message.num_steps
+            view.doing = (
+                f"epoch {message.epoch}/{message.num_epochs}, loss {message.loss:.3f}, "
+                f"{message.accuracy:.1f} % of training images, "
+                f"{message.images_per_second:,.0f} images/s"
+            )
+        elif isinstance(message, EpochDone):
+            now = time.monotonic()
+            spent = now - self._epoch_began[cell]
+            self._seconds_per_epoch.setdefault(_kind(cell), []).append(spent)
+            self._epoch_began[cell] = now
+            view.test_acc, view.epochs_done = message.row["test_acc"], message.row["epoch"]
+
+    def on_end(self, cell: Cell, outcome: Outcome) -> None:
+        view = self.cells[cell]
+        view.is_running = False
+        if isinstance(outcome, Finished):
+            view.finish(outcome.summary["test_acc"])
+            self.write()
+        elif isinstance(outcome, Failed):
+            view.error = outcome.message
+        self.note(self._end_line(cell, outcome))
+
+    def on_tick(self) -> None:
+        pass
+
+    # -- for the command ---------------------------------------------------------------------
+
+    def measure(self) -> None:
+        """The memory of a step of each recipe, where it was not measured yet."""
+        for cell in unmeasured(self.plan):
+            self.note(f"{cell.recipe.name}: measuring the memory of a step")
+            measure(cell)
+
+    def write(self) -> list[Path]:
+        """The result as it is now."""
+        return write_table(self.plan, collect(self.plan))
+
+    def print_result(self) -> None:
+        """Accuracy and cost of each row, on standard output."""
+        console = Console(file=sys.stdout, highlight=False)
+        if not console.is_terminal:
+            console.width = _FILE_WIDTH
+        console.print(_result_table(self.plan, collect(self.plan)))
+
+    def note(self, line: str) -> None:
+        print(line, flush=True)
+
+    def seconds_left(self) -> float | None:
+        """By the epochs of like runs; None before the first epoch of any."""
+        everything = [s for each in self._seconds_per_epoch.values() for s in each]
+        if not everything:
+            return None
+        total = 0.0
+        for cell, view in self.cells.items():
+            if view.error is None:
+                own = self._seconds_per_epoch.get(_kind(cell)) or everything
+                total += (view.num_epochs - view.epochs_done) * sum(own) / len(own)
+        return total / self.num_jobs
+
+    def summary_line(self) -> str:
+        """How much is done, for how long, and how long it will take."""
+        views = self.cells.values()
+        done = sum(view.state is CellState.DONE for view in views)
+        line = f"{done} of {len(views)} runs done, {say_seconds(time.monotonic() - self.began)}"
+        failed = sum(view.error is not None for view in views)
+        if failed:
+            line += f", {failed} failed"
+        left = self.seconds_left()
+        if left is not None and done + failed < len(views):
+            line += f", about {say_seconds(left)} left"
+        return line
+
+    def _end_line(self, cell: Cell, outcome: Outcome) -> str:
+        number = sum(view.state is CellState.DONE for view in self.cells.values())
+        place = f"[{number}/{len(self.cells)}] {cell.name}"
+        if isinstance(outcome, Finished):
+            found = outcome.summary
+            return (
+                f"{place}: {found['test_acc']:.2f} % (best {found['best_test_acc']:.2f} %) after "
+                f"{found['epochs']} epochs, {found['step_time_ms_median']:.1f} ms a step"
+            )
+        return f"{place}: {'stopped' if isinstance(outcome, Stopped) else outcome.message}"
+
+
+class TerminalTableView(TableView):
+    """The table, drawn anew a few times a second."""
+
+    def __init__(self, plan: Plan, num_jobs: int) -> None:
+        super().__init__(plan, num_jobs)
+        self.console = Console(file=sys.stdout, highlight=False)
+        self._last = 0.0
+        self.live = Live(
+            self.render(), console=self.console, auto_refresh=False, vertical_overflow="crop"
+        )
+
+    def on_tick(self) -> None:
+        now = time.monotonic()
+        if now - self._last >= _REFRESH_SECONDS:
+            self._last = now
+            self.live.update(self.render(), refresh=True)
+
+    def note(self, line: str) -> None:
+        self.console.print(line, markup=False, soft_wrap=True)
+        self.live.update(self.render(), refresh=True)
+
+    def render(self) -> RenderableType:
+        running = [(cell, view) for cell, view in self.cells.items() if view.is_running]
+        lines = [
+            Text(f"{cell.name}: {view.doing}", no_wrap=True, overflow="ellipsis")
+            for cell, view in running
+        ]
+        # Where the terminal is too low for all rows, those around the first running one.
+        room = self.console.height - len(lines) - 6
+        names = [recipe.name for recipe in self.plan.table.recipes]
+        first = 0
+        if len(names) > room > 0:
+            at = names.index(running[0][0].recipe.name) if running else 0
+            first = max(0, min(at - room // 2, len(names) - room))
+        shown = self.plan.table.recipes[first : first + room] if room > 0 else ()
+        table = Table(box=None, pad_edge=False, padding=(0, 1))
+        table.add_column("recipe", no_wrap=True)
+        num_seeds = max(len(self.plan.of(recipe)) for recipe in self.plan.table.recipes)
+        for seed in range(num_seeds):
+            table.add_column("seeds" if seed == 0 else "", justify="right", no_wrap=True)
+        table.add_column("mean ± std", justify="right", no_wrap=True)
+        for recipe in shown:
+            views = [self.cells[cell] for cell in self.plan.of(recipe)]
+            texts = [view.text() for view in views]
+            found = [v.test_acc for v in views if v.state is CellState.DONE]
+            values = [value for value in found if value is not None]
+            mean = str(Spread.of(values)) if values else ""
+            table.add_row(recipe.name, *texts, *[""] * (num_seeds - len(texts)), mean)
+        hidden = len(names) - len(shown)
+        more = [Text(f"and {hidden} more", style="dim")] if hidden else []
+        return Group(table, *more, Text(""), *lines, Text(self.summary_line(), style="bold"))
+
+
+@contextmanager
+def make_view(plan: Plan, num_jobs: int) -> Iterator[TableView]:
+    """The view that fits where standard output goes."""
+    if not Console(file=sys.stdout).is_terminal:
+        yield TableView(plan, num_jobs)
+        return
+    view = TerminalTableView(plan, num_jobs)
+    with view.live:
+        try:
+            yield view
+        finally:
+            view.live.update(view.render(), refresh=True)
+
+
+def say_seconds(seconds: float) -> str:
+    """A duration for people: "40 s", "12 min", "3 h 05 min"."""
+    if seconds < 2 * _MINUTE:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * _HOUR:
+        return f"{seconds / _MINUTE:.0f} min"
+    hours, rest = divmod(seconds, _HOUR)
+    return f"{hours:.0f} h {rest / _MINUTE:02.0f} min"
+
+
+def _kind(cell: Cell) -> str:
+    """Runs that take about the same time have the same."""
+    settings = cell.settings
+    return f"{settings.model} {settings.dataset} {settings.rule}"
+
+
+def _result_table(plan: Plan, rows: list[RowResult]) -> Table:
+    table = Table(
+        title=plan.table.title, title_justify="left", box=None, pad_edge=False, padding=(0, 1)
+    )
+    table.add_column("recipe", no_wrap=True)
+    headings = ("accuracy %", "best %", "runs", "signal kMAC", "step MMAC", "peak MiB", "ms a step")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        if row.test_acc is None or row.best_test_acc is None or row.cost is None:
+            table.add_row(row.recipe.name, *["-"] * len(headings))
+            continue
+        peak = row.peak_activation_mib
+        table.add_row(
+            row.recipe.name,
+            str(row.test_acc),
+            str(row.best_test_acc),
+            str(len(row.runs)),
+            f"{row.cost.learning_signal_macs / 1e3:,.1f}",
+            f"{row.cost.total_macs / 1e6:,.1f}",
+            "-" if peak is None else f"{peak:,.1f}",
+            f"{row.step_time_ms:,.1f}",
+        )
+    return table
