@@ -1,0 +1,189 @@
+"""Runs in processes of their own: told of, stopped, failing, orphaned."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from locallearn.cli import main
+from locallearn.engine import RunDirectory, Snapshot
+from locallearn.engine.run import load_checkpoint
+from locallearn.recipes import (
+    Busy,
+    Cell,
+    CellState,
+    Changes,
+    EpochDone,
+    Failed,
+    Finished,
+    Message,
+    Outcome,
+    RecipeTable,
+    Started,
+    Stopped,
+    make_plan,
+    run_cells,
+)
+
+
+class Recorder:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.begun: list[Cell] = []
+        self.messages: dict[Cell, list[Message]] = {}
+        self.ended: dict[Cell, Outcome] = {}
+        self.num_at_once = 0
+
+    def on_begin(self, cell: Cell) -> None:
+        self.begun.append(cell)
+        self.messages[cell] = []
+        self.num_at_once = max(self.num_at_once, len(self.begun) - len(self.ended))
+
+    def on_message(self, cell: Cell, message: Message) -> None:
+        self.messages[cell].append(message)
+
+    def on_end(self, cell: Cell, outcome: Outcome) -> None:
+        self.ended[cell] = outcome
+
+    def on_tick(self) -> None:
+        pass
+
+
+def cells_of(table: RecipeTable, out: Path, **changes) -> list[Cell]:
+    return list(make_plan(table, Changes(num_threads=1, **changes), out).cells)
+
+
+def test_two_at_a_time_one_fails_and_the_others_go_on(table: RecipeTable, tmp_path: Path) -> None:
+    lls, bp, *_ = cells_of(table, tmp_path)
+    broken = dataclasses.replace(
+        bp,
+        settings=dataclasses.replace(bp.settings, lr=1e30, optimizer="sgd"),
+        path=tmp_path / "broken" / "seed-0",
+    )
+    listener = Recorder()
+    outcomes = run_cells([broken, lls, bp], num_jobs=2, listener=listener)
+    assert listener.begun == [broken, lls, bp]
+    assert listener.num_at_once == 2
+    assert listener.ended == outcomes
+    failure = outcomes[broken]
+    assert isinstance(failure, Failed)
+    assert "became" in failure.message
+    assert "Try a smaller --lr" in failure.message
+    for cell in (lls, bp):
+        outcome = outcomes[cell]
+        assert isinstance(outcome, Finished)
+        assert cell.state() is CellState.DONE
+        assert outcome.summary == RunDirectory(cell.path).read_summary()
+        said = listener.messages[cell]
+        assert Started(0, 4) in said
+        assert [m.row["epoch"] for m in said if isinstance(m, EpochDone)] == [1, 2, 3, 4]
+        assert any(isinstance(m, Snapshot) for m in said)
+        assert Busy("testing after epoch 4") in said
+    # What is done is not begun again.
+    again = Recorder()
+    assert run_cells([lls, bp], num_jobs=2, listener=again) == {}
+    assert again.begun == []
+
+
+def test_stopped_runs_save_themselves_and_go_on(table: RecipeTable, tmp_path: Path) -> None:
+    lls, bp, *_ = cells_of(dataclasses.replace(table), tmp_path / "cut")
+    long = [
+        dataclasses.replace(cell, settings=dataclasses.replace(cell.settings, epochs=5000))
+        for cell in (lls, bp)
+    ]
+    listener = Recorder()
+
+    def has_an_epoch() -> bool:
+        return any(isinstance(m, EpochDone) for each in listener.messages.values() for m in each)
+
+    outcomes = run_cells(long, num_jobs=1, listener=listener, should_stop=has_an_epoch)
+    assert outcomes == {long[0]: Stopped()}  # and the second was not begun
+    assert long[0].state() is CellState.STARTED
+    state = load_checkpoint(long[0].path / "checkpoint.pt")
+    assert state["epoch"] >= 1
+
+
+def test_a_process_that_dies_is_a_failure_with_its_log(
+    table: RecipeTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = cells_of(table, tmp_path)[0]
+
+    class Killer(Recorder):
+        def on_message(self, cell: Cell, message: Message) -> None:
+            super().on_message(cell, message)
+            if isinstance(message, Started):
+                (child,) = children(os.getpid())
+                os.kill(child, signal.SIGKILL)
+
+    (outcome,) = run_cells([cell], num_jobs=1, listener=Killer()).values()
+    assert isinstance(outcome, Failed)
+    assert outcome.message.startswith("its process ended with signal 9 (SIGKILL); see ")
+    assert "seed-0.log" in outcome.message
+
+
+def children(parent: int) -> list[int]:
+    """Processes begun by another that train a run (and not multiprocessing's own helper)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (path / "status").read_text()
+            command = (path / "cmdline").read_text()
+        except OSError:
+            continue
+        if f"PPid:\t{parent}\n" in status and "spawn_main" in command:
+            found.append(int(path.name))
+    return found
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_a_killed_table_is_continued_by_the_same_command(table_path: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle of a run: no process is left, and the table comes out the same."""
+    table_path.write_text(table_path.read_text().replace("epochs = 4", "epochs = 8"))
+    arguments = ["reproduce", str(table_path), "--seeds", "1", "--only", "digits-lls", "--out"]
+    whole, cut = (
+        RunDirectory(tmp_path / name / "digits-lls" / "8-epochs" / "seed-1")
+        for name in ("whole", "cut")
+    )
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    command = [sys.executable, "-m", "locallearn", *arguments, str(tmp_path / "cut")]
+    table = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not cut.metrics_path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (worker,) = children(table.pid)
+    table.kill()
+    table.wait()
+    while is_alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_alive(worker)
+    assert not cut.is_finished
+    assert main([*arguments, str(tmp_path / "cut")]) == 0
+    weights = [load_file(run.model_path) for run in (whole, cut)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
+    rows = []
+    for out in ("whole", "cut"):
+        with open(tmp_path / out / "digits.csv", newline="") as file:
+            (row,) = csv.DictReader(file)
+        assert float(row.pop("step_time_ms")) > 0
+        rows.append(row)
+    assert rows[0] == rows[1]
