@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,36 @@ class TrainConfig:
 def flag(name: str) -> str:
     """The command line's spelling of a setting."""
     return "--" + name.replace("_", "-")
+
+
+def train_command(settings: TrainConfig) -> str:
+    """The shell command that makes such a run: `locallearn train` with dataset, model, rule, and
+    whatever else is not the default.
+
+    What a default would take from the machine is written out where the settings have it (device,
+    backend, threads), so that the command gives the same run where it is started again. It has no
+    ``--out``.
+
+    Arguments:
+        settings: resolved or not.
+    """
+    named = {name: getattr(settings, name) for name in ("dataset", "model", "rule")}
+    plain = TrainConfig(**named)
+    usual = plain.resolve().to_json()
+    usual |= {name: getattr(plain, name) for name in ("device", "backend", "num_threads")}
+    # A learning rate's default is its optimizer's.
+    usual["lr"] = usual_optimizer(plain.build_rule(), settings.optimizer)[1]
+    words = ["locallearn", "train"]
+    for name in named:
+        words += [flag(name), named[name]]
+    for name, value in settings.to_json().items():
+        if name in named or value is None or value == usual[name]:
+            continue
+        if isinstance(value, bool):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        else:
+            words += [flag(name), str(value)]
+    return shlex.join(words)
 
 
 def paper_epochs(model: str, dataset: str) -> int:

@@ -1,0 +1,65 @@
+"""Settings as the command that gives them again."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import typer
+
+from locallearn.cli.main import app
+from locallearn.engine import TrainConfig, list_optimizers
+from locallearn.engine.config import train_command
+from locallearn.models import list_models
+from locallearn.rules import list_rules
+
+
+def parse(command: str) -> dict[str, Any]:
+    """What the command line itself makes of it: the settings that were given."""
+    program, name, *words = shlex.split(command)
+    assert (program, name) == ("locallearn", "train")
+    context = typer.main.get_command(app).commands["train"].make_context("train", words)
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {n: v for n, v in context.params.items() if sources[n].name == "COMMANDLINE"}
+
+
+OF_RULES = [{"rule": rule} for rule in list_rules()]
+OF_MODELS = [{"model": model, "dataset": "cifar10"} for model in list_models()]
+# Of sgd, 0.005 is not the default; of schedulefree-adamw it is.
+OF_OPTIMIZERS = [{"optimizer": name, "lr": lr} for name in list_optimizers() for lr in (None, 5e-3)]
+OTHERS: list[dict[str, Any]] = [
+    {"dataset": "folder", "data_dir": "/data/my photos; rm -rf $HOME", "image_size": 48},
+    {"dataset": "folder", "data_dir": "/it's", "cache": "/tmp/a b"},
+    {"channels_last": False, "cuda_graph": False, "head_after_pool": True},
+    {"rule": "bp", "bp_memory": "accumulate:4", "compile": True},
+    {"rule": "pepita", "update_order": "end", "feedback_scale": 0.1, "optimizer": "adam"},
+    {"rule": "pepita", "optimizer": "sgd", "lr": 0.05},
+    {"rule": "local-losses", "local_loss": "predsim", "label_smoothing": 0.1},
+    {"rule": "lls-mxm-reduced", "num_waves": 5, "basis": "cosine"},
+    {"rule": "lls-mxm", "m_start": "identity"},
+    {"rule": "lls-s", "similarity": 0.0, "setting": "paper", "temperature": 0.7},
+    {"rule": "drtp", "activation": "relu", "norm": "none", "width": 0.5, "group_blocks": 2},
+    {"model": "vgg8", "dataset": "mnist", "epochs": 100, "augment": "basic", "dropout": 0.25},
+    {"epochs": 3, "batch_size": 64, "test_batch_size": 32, "weight_decay": 1e-05, "seed": 7},
+    {"schedule": "cosine", "optimizer": "sgd", "val_split": 0.1, "precision": "bf16"},
+    {"limit_train": 100, "limit_test": 10, "backend": "reference", "num_threads": 3},
+]
+
+
+@pytest.mark.parametrize("given", OF_RULES + OF_MODELS + OF_OPTIMIZERS + OTHERS, ids=str)
+def test_command_gives_the_settings_again(given: dict[str, Any], monkeypatch) -> None:
+    monkeypatch.setattr("locallearn.engine.config.missing_for", lambda *_: None)
+    resolved = TrainConfig(**{"device": "cpu", "num_threads": 1, **given}).resolve()
+    resolved = replace(resolved, backend=given.get("backend", "autograd"))  # as a run chose
+    assert TrainConfig(**parse(train_command(resolved))).resolve() == resolved
+
+
+def test_command_names_what_is_not_the_default_alone() -> None:
+    settings = TrainConfig(rule="lls-m", epochs=5, basis="square", channels_last=False)
+    expected = "locallearn train --dataset digits --model smallconv --rule lls-m"
+    assert train_command(settings) == f"{expected} --epochs 5 --no-channels-last"
+    run = replace(settings.resolve(), device="cuda", backend="triton", num_threads=8)
+    machine = "--device cuda --no-channels-last --backend triton --num-threads 8"
+    assert train_command(run) == f"{expected} --epochs 5 {machine}"
