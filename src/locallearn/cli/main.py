@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from locallearn.cli import bench, cost, doctor, evaluate, listing, predict, train
+from locallearn.cli import bench, cost, doctor, evaluate, listing, predict, report, train
 from locallearn.errors import UserError
 
 BAD_INPUT = 2
@@ -27,6 +27,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("bench")(bench.bench)
 app.command("cost")(cost.cost)
+app.command("report")(report.report)
 app.command("list")(listing.list_names)
 app.command("doctor")(doctor.doctor)
 
