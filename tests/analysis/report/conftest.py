@@ -16,9 +16,10 @@ MakeRun = Callable[..., Path]
 
 
 def run_config(settings: dict[str, Any], **others: Any) -> RunConfig:
-    """As `Trainer.start` makes it, of images 1x8x8 in ten classes."""
+    """As `Trainer.start` makes it, of grey images in ten classes: digits' 8x8, or 32x32."""
     backend = settings.pop("backend", "autograd")
     given = {"device": "cpu", "num_threads": 1, "epochs": 3, **settings}
+    side = 8 if given.get("dataset", "digits") == "digits" else 32
     data = {
         "num_train": 1000,
         "num_val": 0,
@@ -37,7 +38,7 @@ def run_config(settings: dict[str, Any], **others: Any) -> RunConfig:
     }
     return RunConfig(
         settings=replace(TrainConfig(**given).resolve(), backend=backend),
-        inputs=InputSpec((8, 8), 1, None, (0.3,), (0.4,)),
+        inputs=InputSpec((side, side), 1, None, (0.3,), (0.4,)),
         class_names=tuple("0123456789"),
         data=data | others["data"],
         environment=environment | others["environment"],

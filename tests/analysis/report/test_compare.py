@@ -86,8 +86,8 @@ def test_labels_say_what_differs(make_run) -> None:
 def test_one_label_has_one_look_in_every_task(make_run) -> None:
     groups = groups_of(
         make_run("a", rule="bp"),
-        make_run("b", rule="lls"),
         make_run("c", rule="lls", model="smallconv-l"),
+        make_run("b", rule="lls"),  # goes with the first
     )
     assert [(g.task, g.label, g.style) for g in groups] == [
         ("digits, smallconv", "bp", 0),

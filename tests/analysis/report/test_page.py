@@ -141,14 +141,25 @@ def test_summary_names_the_best(make_run) -> None:
     text = page_of(make_run("a", rule="bp"), make_run("b", (1.0, 2.0, 3.0))).text()
     assert re.search(r"highest test accuracy 70\.00 % bp next: lls, 3\.00", text)
     assert re.search(r"fewest learning-signal MACs \S+ k an image lls next: bp", text)
-    assert "shortest step 250.0 ms" in text
+    assert "shortest step" not in text  # both took 250 ms
     assert "highest" not in page_of(make_run("alone")).text().replace("Bold: the highest", "")
 
 
+def test_summary_counts_those_that_are_equally_good(make_run) -> None:
+    names = {"a": 0.1, "b": 0.2, "c": 0.3}
+    runs = [make_run(name, dropout=dropout) for name, dropout in names.items()]
+    text = page_of(*runs, make_run("d", (1.0, 2.0, 3.0))).text()
+    assert "highest test accuracy 70.00 % lls, dropout 0.1 and 2 more; next: lls, 3.00" in text
+
+
 def test_times_of_different_devices_have_no_winner(make_run) -> None:
-    other = {"device_name": "another processor"}
-    text = page_of(make_run("a"), make_run("b", rule="bp", environment=other)).text()
-    assert "shortest step" not in text
+    runs = [make_run("a"), make_run("b", rule="bp")]
+    slower = runs[1] / "metrics.csv"
+    slower.write_text(slower.read_text().replace("250.0", "300.0"))
+    assert "shortest step 250.0 ms lls next: bp, 300.0" in page_of(*runs).text()
+    config = runs[1] / "config.json"
+    config.write_text(config.read_text().replace("a processor", "another processor"))
+    assert "shortest step" not in page_of(*runs).text()
 
 
 def test_charts_hold_the_values(several) -> None:

@@ -21,6 +21,7 @@ _SHAPES = 5
 _MAX_POINTS = 240
 _MAX_MARKERS = 16
 _NUM_TICKS = 5
+_DENSE_ABOVE = 12  # series, whose lines are then thinner
 _LABEL_GAP = 15.0  # between the names at the ends of lines
 # A range of losses that a linear axis would press to its bottom.
 _LOG_ABOVE = 20.0
@@ -186,10 +187,11 @@ def line_chart(
     if names_at_ends:
         parts.append(plot.names(series))
     opening = Markup(
-        '<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{text}" '
+        '<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{text}" '
         'data-chart="{name}" data-left="{left:g}" data-right="{right:g}" data-top="{top:g}" '
         'data-bottom="{bottom:g}" data-low="{low:.6g}" data-high="{high:.6g}">'
     ).format(
+        kind="chart dense" if len(series) > _DENSE_ABOVE else "chart",
         width=size.width,
         height=size.height,
         text=description,

@@ -88,7 +88,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[RecordedRun]) -> list[Group]:
-    """The runs in groups, in the order of their first ones."""
+    """The runs in groups, in the order of their first ones; those of one task together."""
     members: list[tuple[str, list[RecordedRun]]] = []
     for run in runs:
         key = _key(run)
@@ -104,10 +104,12 @@ def group_runs(runs: Sequence[RecordedRun]) -> list[Group]:
     tasks = [_task(group[0], runs) for group in groups]
     labels = _labels(groups, tasks)
     styles = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-    return [
+    made = [
         Group(tuple(sorted(group, key=_seed)), label, task, styles[label])
         for group, label, task in zip(groups, labels, tasks, strict=True)
     ]
+    order = list(dict.fromkeys(tasks))
+    return sorted(made, key=lambda group: order.index(group.task))
 
 
 def _seed(run: RecordedRun) -> int:

@@ -57,6 +57,7 @@ _CURVES = (
 )
 _MAX_TASKS_IN_SUMMARY = 4
 _LONGEST_BLOCK_NAME = 11
+_MAX_OPEN_CHARTS = 12
 
 
 @dataclass(frozen=True)
@@ -240,19 +241,24 @@ def _best(
 ) -> _Tile | None:
     """The best group of a task, with the next one; what a group has that is the only one.
 
-    None where there is nothing to compare it with, or nothing at all.
+    None where there is nothing to compare it with, no difference, or nothing at all.
     """
     known = [(each, group) for group in groups if group.task == task and (each := value(group))]
     known.sort(key=lambda pair: pair[0].mean, reverse=highest)
     if not known or (len(known) == 1 and len(groups) > 1):
         return None
     best, group = known[0]
-    note = ""
-    if len(known) > 1:
-        each, other = known[1]
-        note = f"next: {other.label}, {_with_std(each, form)}"
-    else:
+    notes = []
+    if len(known) == 1:
         heading = heading.partition(" ")[2]
+    else:
+        worse = [(each, other) for each, other in known if each.mean != best.mean]
+        if not worse:
+            return None
+        num_equal = len(known) - len(worse) - 1
+        notes += [f"and {num_equal} more"] if num_equal else []
+        notes.append(f"next: {worse[0][1].label}, {_with_std(worse[0][0], form)}")
+    note = "; ".join(notes)
     return _Tile(heading, _with_std(best, form), unit, group, note)
 
 
@@ -457,11 +463,13 @@ def _task(task: str, groups: Sequence[Group], charts: dict[str, Any]) -> dict[st
         drawn = [series for series in drawn if series.points()]
         if drawn:
             curves.append(_both(drawn, f"{prefix}-{column}", title, digits, charts, ours))
+    blocks = _blocks(ours, prefix, charts)
     return {
         "name": task,
         "curves": curves,
         "by_depth": _by_depth(ours, f"{prefix}-depth", charts),
-        "blocks": _blocks(ours, prefix, charts),
+        "blocks": blocks[:_MAX_OPEN_CHARTS],
+        "more_blocks": blocks[_MAX_OPEN_CHARTS:],
         "costs": _costs(ours),
     }
 
