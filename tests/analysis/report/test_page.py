@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 from datetime import UTC, datetime
@@ -241,6 +242,23 @@ def test_run_of_one_epoch_shows_its_point(make_run) -> None:
     html = html_of(make_run("a", (50.0,), epochs=1, blocks=("conv1",)))
     (chart,) = re.findall(r'<svg class="chart"[^>]*data-chart="t0-test_acc".*?</svg>', html)
     assert re.search(r'<path class="marks" d="M\d', chart)
+
+
+def test_names_of_many_blocks_have_room(make_run) -> None:
+    blocks = ["stem", *(f"separable{i}" for i in range(1, 14))]
+    html = html_of(make_run("a", blocks=blocks))
+    (chart,) = re.findall(r'<svg class="chart"[^>]*data-chart="t0-depth0".*?</svg>', html)
+    shown = re.findall(r'<text class="tick x" x="([\d.]+)"[^>]*>([^<]+)</text>', chart)
+    assert [name for _, name in shown] == [
+        "stem",
+        "separable3",
+        "separable6",
+        "separable9",
+        "output",
+    ]
+    places = [float(x) for x, _ in shown]
+    assert min(b - a for a, b in itertools.pairwise(places)) > 10 * 8
+    assert values_of(html)["t0-depth0"]["names"] == [*blocks, "output"]
 
 
 def test_losses_of_zero_and_equal_values_are_drawn(make_run) -> None:

@@ -58,6 +58,8 @@ _CURVES = (
 _MAX_TASKS_IN_SUMMARY = 4
 _LONGEST_BLOCK_NAME = 11
 _MAX_OPEN_CHARTS = 12
+# Of a name below an axis, and of the axis; units of a chart's viewBox.
+_CHARACTER, _AXIS_WIDTH = 8.0, 558.0
 
 
 @dataclass(frozen=True)
@@ -527,7 +529,7 @@ def _both(
         description=f"{text} Over seconds of training.",
         x_axis=linear_axis([0.0, max(times)]),
         y_axis=y_axis,
-        x_title="training, s",
+        x_title="seconds of training",
     )
     return title, chart, over_time
 
@@ -596,8 +598,9 @@ def _by_depth(
 
 
 def _not_too_many(names: Sequence[str]) -> list[str]:
-    """The names of an axis: all of a few; of many every k-th, and the last."""
-    stride = math.ceil(len(names) / 8)
+    """The names of an axis: all that have room; or else every k-th, and the last."""
+    longest = max(len(name) for name in names) * _CHARACTER + 2 * _CHARACTER
+    stride = math.ceil(len(names) * longest / _AXIS_WIDTH)
     last = len(names) - 1
     return [
         name if i == last or (i % stride == 0 and last - i >= stride) else ""

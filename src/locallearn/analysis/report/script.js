@@ -79,7 +79,7 @@
     });
   });
   if (items.length > 3) {
-    const item = element("li");
+    const item = element("li", "control");
     const button = element("button", "", "all / none");
     button.type = "button";
     button.addEventListener("click", () => {
@@ -197,9 +197,10 @@
     if (!places.length) return;
     svg.addEventListener("pointermove", follow);
     svg.addEventListener("pointerdown", follow);
-    svg.addEventListener("pointerleave", hide);
-    svg.addEventListener("pointercancel", hide);
+    // A finger leaves as soon as it is lifted: what it touched stays until it touches another place.
+    svg.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") hide(); });
     svg.addEventListener("blur", hide);
+    addEventListener("pointerdown", (event) => { if (current !== null && !svg.contains(event.target)) hide(); });
     svg.addEventListener("keydown", (event) => {
       if (event.key === "Escape") return hide();
       const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
