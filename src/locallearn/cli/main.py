@@ -10,7 +10,17 @@ from collections.abc import Sequence
 
 import typer
 
-from locallearn.cli import bench, cost, doctor, evaluate, listing, predict, reproduce, train
+from locallearn.cli import (
+    bench,
+    cost,
+    doctor,
+    evaluate,
+    listing,
+    predict,
+    report,
+    reproduce,
+    train,
+)
 from locallearn.errors import UserError
 
 BAD_INPUT = 2
@@ -28,6 +38,7 @@ app.command("predict")(predict.predict)
 app.command("reproduce")(reproduce.reproduce)
 app.command("bench")(bench.bench)
 app.command("cost")(cost.cost)
+app.command("report")(report.report)
 app.command("list")(listing.list_names)
 app.command("doctor")(doctor.doctor)
 

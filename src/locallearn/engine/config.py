@@ -21,6 +21,7 @@ from locallearn.rules import Backprop, Rule, build_rule
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _MAX_THREADS = 1024
+_NAMED = ("dataset", "model", "rule")
 
 # Options of rules that have flags of their own on the command line.
 _RULE_OPTIONS = (
@@ -210,29 +211,39 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def train_command(settings: TrainConfig) -> str:
-    """The shell command that makes such a run: `locallearn train` with dataset, model, rule, and
-    whatever else is not the default.
+def chosen_settings(settings: TrainConfig) -> dict[str, Any]:
+    """What is set otherwise than dataset, model and rule alone would have it, by name.
 
-    What a default would take from the machine is written out where the settings have it (device,
-    backend, threads), so that the command gives the same run where it is started again. It has no
-    ``--out``.
+    What a default would take from the machine counts as chosen where it is definite (device,
+    backend, threads).
 
     Arguments:
         settings: resolved or not.
     """
-    named = {name: getattr(settings, name) for name in ("dataset", "model", "rule")}
+    named = {name: getattr(settings, name) for name in _NAMED}
     plain = TrainConfig(**named)
     usual = plain.resolve().to_json()
     usual |= {name: getattr(plain, name) for name in ("device", "backend", "num_threads")}
     # A learning rate's default is its optimizer's.
     usual["lr"] = usual_optimizer(plain.build_rule(), settings.optimizer)[1]
+    given = settings.to_json().items()
+    return {name: value for name, value in given if value is not None and value != usual[name]}
+
+
+def train_command(settings: TrainConfig) -> str:
+    """The shell command that makes such a run: `locallearn train` with dataset, model, rule, and
+    whatever else is not the default.
+
+    Device, backend and threads are written out where the settings have them, so that the command
+    gives the same run where it is started again. It has no ``--out``.
+
+    Arguments:
+        settings: resolved or not.
+    """
     words = ["locallearn", "train"]
-    for name in named:
-        words += [flag(name), named[name]]
-    for name, value in settings.to_json().items():
-        if name in named or value is None or value == usual[name]:
-            continue
+    for name in _NAMED:
+        words += [flag(name), getattr(settings, name)]
+    for name, value in chosen_settings(settings).items():
         if isinstance(value, bool):
             words.append(flag(name) if value else flag(f"no_{name}"))
         else:

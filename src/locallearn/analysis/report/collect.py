@@ -1,0 +1,321 @@
+"""Run directories as they lie on disk, read into plain values."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from locallearn.analysis.cost import Cost, step_cost
+from locallearn.engine import RunConfig, RunDirectory
+from locallearn.engine.run import FORMAT
+from locallearn.errors import UserError
+from locallearn.models import build_model
+from locallearn.rules import Backprop, ErrorRule, Pepita
+
+# Columns of metrics.csv that are the network's, and no block's.
+_NETWORK = ("train", "test", "val")
+_FIGURE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
+
+Column = tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture in a run's `figures/`.
+
+    Arguments:
+        name: of the file, without its suffix.
+        media_type: of the content.
+        content: the file's.
+        caption: of NAME.json beside it; the file's name where there is none.
+        command: that made it; "" where that is not recorded.
+    """
+
+    name: str
+    media_type: str
+    content: bytes
+    caption: str
+    command: str
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What a step of a run costs, counted (`analysis.step_cost`); None where it is not.
+
+    Arguments:
+        learning_signal_macs, total_macs: for each image.
+        peak_activation_mib: of a batch.
+        num_params: of the network.
+        num_additional_params: what the rule trains besides.
+        is_of_closed_form: whether the memory is that of the closed form although the run's blocks
+            were updated under autograd, which holds more.
+    """
+
+    learning_signal_macs: int | None
+    total_macs: int | None
+    peak_activation_mib: float | None
+    num_params: int
+    num_additional_params: int | None
+    is_of_closed_form: bool
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """One run.
+
+    Arguments:
+        path: its directory.
+        name: what tells it from the others, a part of its path.
+        config: what config.json holds.
+        columns: metrics.csv by column, a value an epoch; None where a value is missing or not
+            finite.
+        summary: what summary.json holds; None of a run that is not finished.
+        cost: of its step.
+        figures: that were made of it.
+    """
+
+    path: Path
+    name: str
+    config: RunConfig
+    columns: dict[str, Column]
+    summary: dict[str, Any] | None
+    cost: RunCost
+    figures: tuple[Figure, ...]
+
+    @property
+    def num_epochs(self) -> int:
+        """Recorded ones."""
+        return len(self.columns.get("epoch", ()))
+
+    @property
+    def is_finished(self) -> bool:
+        return self.summary is not None
+
+    def last(self, column: str) -> float | None:
+        """The value after the last epoch; None where there is none."""
+        if self.summary is not None and isinstance(self.summary.get(column), float):
+            return float(self.summary[column])
+        values = self.columns.get(column, ())
+        return values[-1] if values else None
+
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks with an accuracy of their own, in the network's order."""
+        names = [name.removesuffix("_acc") for name in self.columns if name.endswith("_acc")]
+        return tuple(name for name in names if name not in _NETWORK)
+
+    def seconds(self) -> Column:
+        """Of training, up to the end of each epoch: the sum of images / (images a second)."""
+        num_images = self.config.data.get("num_train", 0)
+        if num_images % self.config.settings.batch_size == 1:
+            num_images -= 1  # a last batch of one image is left out
+        total: float | None = 0.0
+        sums = []
+        for rate in self.columns.get("images_per_second", ()):
+            total = None if total is None or not rate else total + num_images / rate
+            sums.append(total)
+        return tuple(sums)
+
+
+def collect_runs(paths: Sequence[Path]) -> list[RecordedRun]:
+    """The runs in these directories and below them, each once, in the order given.
+
+    Raises:
+        UserError: a path that is no directory or holds no run, or a run that can't be read.
+        OSError: as the file system says.
+    """
+    found: dict[Path, tuple[Path, str]] = {}
+    for path in paths:
+        for directory in _find(path):
+            below = directory.relative_to(path).as_posix()
+            name = below if below != "." else path.resolve().name
+            found.setdefault(directory.resolve(), (directory, name))
+    names = _told_apart([(path, name) for path, (_, name) in found.items()])
+    costs: dict[str, RunCost] = {}
+    return [
+        _read(directory, name, costs)
+        for (directory, _), name in zip(found.values(), names, strict=True)
+    ]
+
+
+def _find(path: Path) -> list[Path]:
+    """The directory itself, if it is a run's, or those of the runs below it."""
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is no directory; expected a run directory, or one with runs in it."
+        )
+    if (path / "config.json").is_file():
+        return [path]
+
+    def stop(error: OSError) -> NoReturn:
+        raise error
+
+    found = []
+    for folder, below, files in os.walk(path, onerror=stop):
+        below.sort()
+        if "config.json" in files and _is_run(Path(folder, "config.json")):
+            found.append(Path(folder))
+            below.clear()
+    if not found:
+        raise UserError(
+            f"{path} holds no run, and no directory below it does (a run has a config.json that "
+            f"`locallearn train` wrote). Give run directories."
+        )
+    return found
+
+
+def _is_run(config: Path) -> bool:
+    """Whether locallearn wrote it: others name their files so, too."""
+    try:
+        value = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{config} is no valid JSON ({error}).") from error
+    return isinstance(value, dict) and value.get("format") == FORMAT
+
+
+def _told_apart(named: Iterable[tuple[Path, str]]) -> list[str]:
+    """The names, with as many of the directories above before them as make each its own."""
+    pairs = list(named)
+    names = [name for _, name in pairs]
+    depth = 0
+    while max(Counter(names).values()) > 1:
+        depth += 1
+        twice = {name for name, count in Counter(names).items() if count > 1}
+        for i, (path, name) in enumerate(pairs):
+            if names[i] in twice:
+                num_own = len(Path(name).parts)
+                names[i] = Path(*path.parts[-(num_own + depth) :]).as_posix()
+    return names
+
+
+def _read(directory: Path, name: str, costs: dict[str, RunCost]) -> RecordedRun:
+    run = RunDirectory(directory)
+    config = run.read_config()
+    # Runs that differ in what costs nothing are counted once.
+    same = replace(config.settings, seed=0, epochs=1, lr=1.0, data_dir=None, cache=None)
+    key = f"{same} {config.inputs} {len(config.class_names)}"
+    if key not in costs:
+        costs[key] = _cost(config)
+    return RecordedRun(
+        path=directory,
+        name=name,
+        config=config,
+        columns=_read_columns(run.metrics_path),
+        summary=run.read_summary(),
+        cost=costs[key],
+        figures=_read_figures(directory / "figures"),
+    )
+
+
+def _read_columns(path: Path) -> dict[str, Column]:
+    """metrics.csv by column; nothing where there is none. A last line that was cut is left out.
+
+    Raises:
+        UserError: names the line that is none of metrics.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} can't be read: it is no text ({error}).") from error
+    lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
+    if not lines:
+        return {}
+    headings, rows = lines[0], lines[1:]
+    values = []
+    for number, row in enumerate(rows, start=2):
+        try:
+            if len(row) != len(headings):
+                raise ValueError(f"{len(row)} values for {len(headings)} columns")
+            values.append([_finite(cell) for cell in row])
+        except ValueError as error:
+            raise UserError(
+                f"{path} can't be read: line {number} is wrong ({error}). Restore the file, or "
+                f"resume the run, which writes it anew."
+            ) from error
+    return {name: tuple(row[i] for row in values) for i, name in enumerate(headings)}
+
+
+def _finite(cell: str) -> float | None:
+    if not cell:
+        return None
+    value = float(cell)
+    return value if math.isfinite(value) else None
+
+
+def _read_figures(folder: Path) -> tuple[Figure, ...]:
+    """Of each name the SVG, or else the PNG."""
+    if not folder.is_dir():
+        return ()
+    chosen: dict[str, Path] = {}
+    for suffix in _FIGURE_TYPES:
+        for path in sorted(folder.glob(f"*{suffix}")):
+            chosen.setdefault(path.stem, path)
+    figures = []
+    for name, path in sorted(chosen.items()):
+        caption, command = _caption(path.with_suffix(".json"))
+        kind = _FIGURE_TYPES[path.suffix]
+        figures.append(Figure(name, kind, path.read_bytes(), caption or path.name, command))
+    return tuple(figures)
+
+
+def _caption(path: Path) -> tuple[str, str]:
+    """Caption and command; empty where the file beside the figure is missing or another's."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "", ""
+    if not isinstance(value, dict):
+        return "", ""
+    texts = (value.get("caption"), value.get("command"))
+    caption, command = (text if isinstance(text, str) else "" for text in texts)
+    return caption, command
+
+
+def _cost(config: RunConfig) -> RunCost:
+    settings, inputs = config.settings, config.inputs
+    with torch.device("meta"):
+        model = build_model(
+            settings.model,
+            num_classes=len(config.class_names),
+            in_channels=inputs.num_channels,
+            image_size=inputs.image_size,
+            width=settings.width,
+            style=settings.block_style(),
+        )
+    if settings.group_blocks > 1:  # backpropagation goes on within each: not counted
+        num_params = sum(p.numel() for p in model.parameters())
+        return RunCost(None, None, None, num_params, None, is_of_closed_form=False)
+    rule = settings.build_rule()
+    cost: Cost = step_cost(
+        model,
+        rule,
+        image_shape=(inputs.num_channels, *inputs.image_size),
+        batch_size=settings.batch_size,
+        bytes_per_value=2 if settings.precision == "bf16" else 4,
+    )
+    peak = cost.peak_activation_mib
+    style = settings.block_style()
+    # What is counted is blocks with BatchNorm and (Leaky)ReLU, and heads before the max-pool.
+    is_usual = style.norm == "batch" and style.activation != "tanh"
+    if not is_usual or settings.head_after_pool or settings.compile:
+        peak = None
+    is_local = not isinstance(rule, Backprop | ErrorRule | Pepita)
+    is_of_closed_form = is_local and peak is not None and settings.backend == "autograd"
+    return RunCost(
+        cost.learning_signal_macs,
+        cost.total_macs,
+        peak,
+        cost.num_params,
+        cost.num_additional_params,
+        is_of_closed_form,
+    )

@@ -1,0 +1,245 @@
+"""Runs grouped by what they share: seeds into means, settings into what differs."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from locallearn.analysis.report.collect import RecordedRun
+from locallearn.engine.config import chosen_settings
+
+# Stands where there is nothing.
+NONE = "\N{EN DASH}"
+# Where a run's files lie changes nothing that it computes; folder's data is told by its content.
+_PLACES = ("data_dir", "cache")
+_COMMIT_DIGITS = 12
+# What a label always or never says by itself.
+_NOT_IN_LABELS = ("seed", *_PLACES)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Mean and sample standard deviation (None of one value alone) of n values."""
+
+    mean: float
+    std: float | None
+    n: int
+
+
+def statistic(values: Iterable[float | None]) -> Statistic | None:
+    """Of the values that are there; None where there are none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    std = statistics.stdev(known) if len(known) > 1 else None
+    return Statistic(statistics.fmean(known), std, len(known))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed, each with another one.
+
+    Arguments:
+        runs: at least one.
+        label: what tells it from the other groups of its task.
+        task: what it learns, dataset and network.
+        style: number of its colour; that of every group with this label.
+    """
+
+    runs: tuple[RecordedRun, ...]
+    label: str
+    task: str
+    style: int
+
+    @property
+    def first(self) -> RecordedRun:
+        return self.runs[0]
+
+    @property
+    def is_finished(self) -> bool:
+        """An unfinished run is in no group with others."""
+        return self.first.is_finished
+
+    @property
+    def num_epochs(self) -> int:
+        """Recorded of every run."""
+        return min(run.num_epochs for run in self.runs)
+
+    def over(self, value: Callable[[RecordedRun], float | None]) -> Statistic | None:
+        """The statistic of a value over the runs."""
+        return statistic(value(run) for run in self.runs)
+
+    def last(self, column: str) -> Statistic | None:
+        return self.over(lambda run: run.last(column))
+
+    def curve(self, column: str) -> list[Statistic | None]:
+        """An epoch's statistic over the runs, for each epoch that all have."""
+        known = [run.columns[column] for run in self.runs if column in run.columns]
+        return [statistic(values) for values in zip(*known, strict=False)]
+
+    def seconds(self) -> list[float | None]:
+        """Of training up to the end of each epoch, mean over the runs."""
+        sums = (statistic(at) for at in zip(*(run.seconds() for run in self.runs), strict=False))
+        return [None if each is None else each.mean for each in sums]
+
+
+def group_runs(runs: Sequence[RecordedRun]) -> list[Group]:
+    """The runs in groups, in the order of their first ones; those of one task together."""
+    members: list[tuple[str, list[RecordedRun]]] = []
+    for run in runs:
+        key = _key(run)
+        seed = run.config.settings.seed
+        for other, group in members:
+            taken = {each.config.settings.seed for each in group}
+            if run.is_finished and other == key and seed not in taken:
+                group.append(run)
+                break
+        else:
+            members.append((key, [run]))
+    groups = [group for _, group in members]
+    tasks = [_task(group[0], runs) for group in groups]
+    labels = _labels(groups, tasks)
+    styles = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    made = [
+        Group(tuple(sorted(group, key=_seed)), label, task, styles[label])
+        for group, label, task in zip(groups, labels, tasks, strict=True)
+    ]
+    order = list(dict.fromkeys(tasks))
+    return sorted(made, key=lambda group: order.index(group.task))
+
+
+def _seed(run: RecordedRun) -> int:
+    return run.config.settings.seed
+
+
+def _key(run: RecordedRun) -> str:
+    """The same for runs that differ in nothing but the seed."""
+    config = run.config
+    settings = config.settings.to_json()
+    for name in ("seed", *_PLACES):
+        del settings[name]
+    # train-test-val; what is held out for validation is the seed's.
+    parts = str(config.data["fingerprint"]).split("-")
+    data = parts[1:2] if config.settings.val_split else parts
+    return repr((settings, data, config.class_names, run.is_finished))
+
+
+def _task(run: RecordedRun, runs: Sequence[RecordedRun]) -> str:
+    """Dataset and network; of `folder` the directory's name, where there are several."""
+    settings = run.config.settings
+    folders = {r.config.settings.data_dir for r in runs if r.config.settings.dataset == "folder"}
+    dataset = settings.dataset
+    if dataset == "folder" and len(folders) > 1 and settings.data_dir:
+        dataset = f"folder {Path(settings.data_dir).name}"
+    return f"{dataset}, {settings.model}"
+
+
+def _labels(groups: Sequence[Sequence[RecordedRun]], tasks: Sequence[str]) -> list[str]:
+    """The rule of each, with those of its chosen settings in which groups differ.
+
+    Where that leaves two of a task alike, the name of the first run besides.
+    """
+    chosen = [chosen_settings(group[0].config.settings) for group in groups]
+    labels = []
+    for group, own in zip(groups, chosen, strict=True):
+        words = [group[0].config.settings.rule]
+        for name, value in own.items():
+            differs = any(name not in other or other[name] != value for other in chosen)
+            if differs and name not in _NOT_IN_LABELS:
+                words.append(setting_text(name, value))
+        labels.append(", ".join(words))
+    counts = Counter(zip(tasks, labels, strict=True))
+    return [
+        label if counts[task, label] == 1 else f"{label} ({group[0].name})"
+        for group, task, label in zip(groups, tasks, labels, strict=True)
+    ]
+
+
+def setting_text(name: str, value: Any) -> str:
+    """A setting in a few words: "basis cosine", "no cuda graph"."""
+    words = name.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    return f"{words} {value:g}" if isinstance(value, float) else f"{words} {value}"
+
+
+@dataclass(frozen=True)
+class Property:
+    """What a setting, or a version, is in each group: texts, one for each group."""
+
+    name: str
+    values: tuple[str, ...]
+
+    @property
+    def differs(self) -> bool:
+        return len(set(self.values)) > 1
+
+
+def settings_of(groups: Sequence[Group]) -> list[Property]:
+    """Every setting, and the facts of the data, by group."""
+    rows = [_settings(run.config.settings.to_json()) for run in _firsts(groups)]
+    properties = [
+        Property(name, tuple(row[name] for row in rows)) for name in rows[0] if name != "seed"
+    ]
+    seeds = tuple(_distinct(str(_seed(run)) for run in group.runs) for group in groups)
+    facts = {
+        "training images": "num_train",
+        "validation images": "num_val",
+        "test images": "num_test",
+        "augmentation does": "augmentation",
+    }
+    data = [
+        Property(text, tuple(_text(run.config.data.get(name)) for run in _firsts(groups)))
+        for text, name in facts.items()
+    ]
+    sizes = tuple(
+        "x".join(str(n) for n in (run.config.inputs.num_channels, *run.config.inputs.image_size))
+        for run in _firsts(groups)
+    )
+    classes = tuple(str(len(run.config.class_names)) for run in _firsts(groups))
+    inputs = [Property("image", sizes), Property("classes", classes)]
+    return [*properties, Property("seed", seeds), *data, *inputs]
+
+
+def environment_of(groups: Sequence[Group]) -> list[Property]:
+    """Versions, device and commit by group; every distinct value where its runs have several."""
+    tables = [[_environment(run.config.environment) for run in group.runs] for group in groups]
+    names = dict.fromkeys(name for rows in tables for row in rows for name in row)
+    return [
+        Property(name, tuple(_distinct(row.get(name, NONE) for row in rows) for rows in tables))
+        for name in names
+    ]
+
+
+def _firsts(groups: Sequence[Group]) -> list[RecordedRun]:
+    return [group.first for group in groups]
+
+
+def _settings(values: dict[str, Any]) -> dict[str, str]:
+    return {name: _text(value) for name, value in values.items()}
+
+
+def _environment(values: dict[str, Any]) -> dict[str, str]:
+    """Flat: packages by their own names, and without the time, which always differs."""
+    flat = {name: value for name, value in values.items() if name not in ("packages", "created")}
+    if flat.get("git_commit"):
+        commit, plus, changes = str(flat["git_commit"]).partition("+")
+        flat["git_commit"] = commit[:_COMMIT_DIGITS] + plus + changes
+    flat |= values["packages"]
+    return {name.replace("_", " "): _text(value) for name, value in flat.items()}
+
+
+def _distinct(texts: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(texts))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
