@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ import typer
 from locallearn.errors import UserError
 
 if TYPE_CHECKING:
-    from locallearn.recipes import Cell, DatasetPlace, Failed, Plan
+    from locallearn.recipes import DatasetPlace, Plan
 
 _TABLE, _DATA, _REHEARSAL, _COMPUTE = "Table", "Data", "Rehearsal", "Computation"
 _FAILED = 2
@@ -134,17 +135,13 @@ def reproduce(
         paths = view.write()
     view.print_result()
     print(f"written to {', '.join(str(each) for each in paths)}")
-    if any(isinstance(outcome, Stopped) for outcome in outcomes.values()) or heard:
-        print("Stopped; all is saved. The same command goes on from here.", file=sys.stderr)
-        return 128 + (heard[0] if heard else 15)
     failed = {cell: each for cell, each in outcomes.items() if isinstance(each, Failed)}
-    return _report_failures(failed) if failed else 0
-
-
-def _report_failures(failed: dict[Cell, Failed]) -> int:
-    for cell, outcome in failed.items():
-        print(f"Error: {cell.name}: {outcome.message}", file=sys.stderr)
-    return _FAILED
+    for cell, failure in failed.items():
+        print(f"Error: {cell.name}: {failure.message}", file=sys.stderr)
+    if heard or any(isinstance(outcome, Stopped) for outcome in outcomes.values()):
+        print("Stopped; all is saved. The same command goes on from here.", file=sys.stderr)
+        return 128 + (heard[0] if heard else signal.SIGTERM)
+    return _FAILED if failed else 0
 
 
 def _parse_seeds(text: str) -> list[int]:

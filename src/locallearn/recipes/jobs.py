@@ -13,8 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -135,16 +134,20 @@ def run_cells(
     Raises:
         UserError: a directory that holds a run with other settings; nothing is begun then.
     """
-    waiting = deque(cell for cell in cells if cell.state() is not CellState.DONE)
+    waiting = [cell for cell in cells if cell.state() is not CellState.DONE]
     jobs: dict[Connection, _Job] = {}
     outcomes: dict[Cell, Outcome] = {}
     is_stopping = False
     try:
         while jobs or (waiting and not is_stopping):
-            while waiting and len(jobs) < num_jobs and not is_stopping:
-                job = _Job.begin(waiting.popleft())
+            while len(jobs) < num_jobs and not is_stopping:
+                cell = _next(waiting, jobs.values())
+                if cell is None:
+                    break
+                waiting.remove(cell)
+                job = _Job.begin(cell)
                 jobs[job.connection] = job
-                listener.on_begin(job.cell)
+                listener.on_begin(cell)
             # A closed pipe is "ready" too: of a process that has ended, however it did.
             for connection in wait(list(jobs), timeout=_POLL_SECONDS):
                 assert isinstance(connection, Connection)
@@ -165,13 +168,28 @@ def run_cells(
     return outcomes
 
 
+def _next(waiting: Iterable[Cell], jobs: Iterable[_Job]) -> Cell | None:
+    """The first whose data no other run is just downloading, unpacking or decoding."""
+    busy = {job.data for job in jobs if job.is_loading}
+    return next((cell for cell in waiting if _data(cell) not in busy), None)
+
+
+def _data(cell: Cell) -> tuple[str, str | None]:
+    return cell.settings.dataset, cell.settings.data_dir
+
+
 @dataclass
 class _Job:
-    """A run in its process."""
+    """A run in its process; ``is_loading`` until it trains."""
 
     cell: Cell
     process: SpawnProcess
     connection: Connection
+    is_loading: bool = True
+
+    @property
+    def data(self) -> tuple[str, str | None]:
+        return _data(self.cell)
 
     @classmethod
     def begin(cls, cell: Cell) -> _Job:
@@ -199,6 +217,8 @@ class _Job:
             self.process.join()
             self.connection.close()
             return message
+        if isinstance(message, Started):
+            self.is_loading = False
         listener.on_message(self.cell, message)
         return None
 
