@@ -10,7 +10,17 @@ from collections.abc import Sequence
 
 import typer
 
-from locallearn.cli import bench, cost, doctor, evaluate, listing, predict, reproduce, train
+from locallearn.cli import (
+    analyze,
+    bench,
+    cost,
+    doctor,
+    evaluate,
+    listing,
+    predict,
+    reproduce,
+    train,
+)
 from locallearn.errors import UserError
 
 BAD_INPUT = 2
@@ -28,6 +38,7 @@ app.command("predict")(predict.predict)
 app.command("reproduce")(reproduce.reproduce)
 app.command("bench")(bench.bench)
 app.command("cost")(cost.cost)
+app.add_typer(analyze.app, name="analyze")
 app.command("list")(listing.list_names)
 app.command("doctor")(doctor.doctor)
 

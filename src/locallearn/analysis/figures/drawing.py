@@ -49,3 +49,8 @@ def written(figure: Any, path: Path) -> bytes:
     except ValueError as error:
         raise UserError(f"--plot {path}: {error}.") from error
     return buffer.getvalue()
+
+
+def bare(axes: Any, *more: str) -> None:
+    """Without the lines above and to the right, nor those named."""
+    axes.spines[["top", "right", *more]].set_visible(False)
