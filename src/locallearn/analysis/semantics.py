@@ -50,7 +50,8 @@ def directions(vectors: Tensor) -> Array:
             "the vectors of some classes do not differ from the mean of all; there is nothing to "
             "compare. Train the run for longer, or choose another --block."
         )
-    return values / norms
+    rows: Array = values / norms
+    return rows
 
 
 def cosine_distances(rows: Array) -> Array:

@@ -148,13 +148,15 @@ def _shares(rows: Tensor) -> Array:
             "the latents of some classes do not differ from the other classes' at all; there is "
             "no spectrum to show. Train the run for longer, or choose another --block."
         )
-    return power / total
+    shares: Array = power / total
+    return shares
 
 
 def _own_bins(peaks: npt.NDArray[np.int64], num_bins: int) -> npt.NDArray[np.bool_]:
     """(K, F): whether a bin is within reach of each class's peak; never the constant."""
     bins = np.arange(num_bins)
-    return (np.abs(bins - peaks[:, None]) <= _REACH) & (bins > 0)
+    own: npt.NDArray[np.bool_] = (np.abs(bins - peaks[:, None]) <= _REACH) & (bins > 0)
+    return own
 
 
 def _energy_at(shares: Array, peaks: npt.NDArray[np.int64]) -> Array:

@@ -13,7 +13,7 @@ BLUE, SKY, VERMILION, GREEN = "#0072b2", "#56b4e9", "#d55e00", "#009e73"
 ORANGE, PINK, INK, GREY = "#e69f00", "#cc79a7", "#222222", "#8c8c8c"
 
 # An SVG's text stays text: it can be searched, and takes the fonts of the page it stands in.
-_SVG = {"svg.fonttype": "none", "svg.hashsalt": "locallearn"}
+_SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "locallearn"}
 
 
 def figure_class() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from locallearn.cli.analyze import semantics, synchrony
+from locallearn.cli.analyze import gradcam, layers, semantics, synchrony
 
 app = typer.Typer(
     help="Figures of a trained network, with the numbers they show: docs/analysis.md.",
@@ -12,3 +12,5 @@ app = typer.Typer(
 )
 app.command("synchrony")(synchrony.synchrony)
 app.command("semantics")(semantics.semantics)
+app.command("gradcam")(gradcam.gradcam)
+app.command("layers")(layers.layers)

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 _IMAGES = ("correct", "all")
 _MAX_SHOWN = 4
 _FOURTH = 3  # the paper's figure 2 is of VGG8's fourth block
-_SIGNIFICANT = 0.05
+_SIGNIFICANT = 0.01
+_MIN_CLASSES = 5  # of four there are 24 orders, too few for such a p
 
 
 def synchrony(
@@ -222,6 +223,8 @@ def _caption(
         f"shuffled (p = {index.p_value:.4f}), and the spectrum peaks there for "
         f"{result.num_peaks_at_own} of {num_classes} classes."
     )
+    if num_classes < _MIN_CLASSES:
+        return f"{shown} Of so few classes shuffling can't tell whether that is chance."
     if index.p_value >= _SIGNIFICANT:
         return (
             f"{shown} That is no more than by chance: it does not show the synchronisation that "
