@@ -42,19 +42,21 @@ def read_curves(path: Path) -> Curves:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        if not rows:
-            raise UserError(f"{path} holds no epoch: the run has finished none yet.")
-        columns = {name: [float(row[name]) for row in rows] for name in rows[0] if name}
-        suffix = "_acc"
-        names = [name.removesuffix(suffix) for name in columns if name.endswith(suffix)]
-        return Curves(
-            [int(epoch) for epoch in columns["epoch"]],
-            columns["train_acc"],
-            columns["test_acc"],
-            {name: columns[name + suffix] for name in names if name not in _NOT_BLOCKS},
-        )
-    except (KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is no metrics.csv of a run ({error!r}).") from error
+        columns = {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else None
+    except (TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is no metrics.csv of a run ({error}).") from error
+    if columns is None:
+        raise UserError(f"{path} holds no epoch: the run has finished none yet.")
+    if missing := {"epoch", "train_acc", "test_acc"} - set(columns):
+        raise UserError(f"{path} is no metrics.csv of a run: no column {min(missing)}.")
+    suffix = "_acc"
+    names = [name.removesuffix(suffix) for name in columns if name.endswith(suffix)]
+    return Curves(
+        [int(epoch) for epoch in columns["epoch"]],
+        columns["train_acc"],
+        columns["test_acc"],
+        {name: columns[name + suffix] for name in names if name not in _NOT_BLOCKS},
+    )
 
 
 def head_accuracies(

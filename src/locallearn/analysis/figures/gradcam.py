@@ -57,7 +57,11 @@ def plot_gradcam(
             _draw_picture(axes, pictures[number].mean(dim=0, keepdim=True))
             positive = row.heat[number].clamp_min(0)
             relative = positive / positive.max().clamp_min(1e-30)
-            heat_of = axes.imshow(relative.cpu(), cmap="inferno", vmin=0, vmax=1, alpha=0.6)
+            # Cold pixels show the image, hot ones the heat.
+            alpha = 0.75 * relative.sqrt()
+            heat_of = axes.imshow(
+                relative.cpu(), cmap="inferno", vmin=0, vmax=1, alpha=alpha.cpu().numpy()
+            )
             axes.set_title(_short(row.answers[number]), fontsize=9)
         line[0].set_ylabel(row.name, fontsize=9)
     figure.colorbar(

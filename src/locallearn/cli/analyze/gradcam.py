@@ -32,6 +32,7 @@ from locallearn.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from locallearn.analysis.figures.gradcam import CamRow
     from locallearn.analysis.gradcam import Deletion
     from locallearn.data import Dataset
 
@@ -124,7 +125,7 @@ def gradcam(
         _pictures(opened[0], inputs[0][shown]),
         titles,
         [
-            _row(each, layer, result, shown, names)
+            _row(each, layer, result, shown, names, wanted)
             for each, (layer, _), result in zip(opened, layers, results, strict=True)
         ],
         heading="image" if labels is None else "true class",
@@ -301,12 +302,18 @@ def _pictures(opened: Opened, inputs: Tensor) -> Tensor:
 
 
 def _row(
-    opened: Opened, layer: str, result: _Explained, shown: list[int], names: tuple[str, ...]
-) -> Any:
+    opened: Opened,
+    layer: str,
+    result: _Explained,
+    shown: list[int],
+    names: tuple[str, ...],
+    wanted: int | None,
+) -> CamRow:
     from locallearn.analysis.figures.gradcam import CamRow
 
+    explained = "" if wanted is None else f"; {names[wanted]}"
     answers = [
-        f"{names[int(result.predicted[n])]}, {100 * float(result.probability[n]):.0f} %"
+        f"{names[int(result.predicted[n])]}{explained} {100 * float(result.probability[n]):.0f} %"
         for n in shown
     ]
     return CamRow(f"{opened.settings.rule}, {layer}", result.heat[shown], answers)
