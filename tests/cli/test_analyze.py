@@ -127,18 +127,7 @@ def test_semantics_of_latents_of_a_rule_without_m() -> None:
 
 
 def test_semantics_knows_cifar10_by_its_names(make_folder) -> None:
-    names = [
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ]
+    names = sorted([*CIFAR10["animals"], *CIFAR10["vehicles"]])
     data = make_folder(classes=tuple(names), per_class=4)
     flags = ["--dataset", "folder", "--data-dir", str(data), "--rule", "lls-mxm", "--epochs", "1"]
     assert main(["train", *flags, "--quiet", "--out", "cifar"]) == 0
@@ -206,6 +195,15 @@ def test_an_interrupted_run_is_shown_as_it_is(runs: Path) -> None:
     assert numbers["test_acc"] == pytest.approx(json.loads(content)["test_acc"])
 
 
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["analyze"], ["analyze", "--help"]):
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert all(name in out for name in ("synchrony", "semantics", "gradcam", "layers"))
+    assert main(["analyze", "gradcam", "-h"]) == 0
+    assert "--beside" in capsys.readouterr().out
+
+
 SYNCHRONY, SEMANTICS = ["analyze", "synchrony"], ["analyze", "semantics"]
 GRADCAM, LAYERS = ["analyze", "gradcam"], ["analyze", "layers"]
 BAD_INPUT = [
@@ -241,7 +239,8 @@ BAD_INPUT = [
     ([*GRADCAM, "lls", "--beside", "nowhere"], "nowhere is no directory"),
     ([*LAYERS, "bp"], "rule 'bp' has no local heads with logits, .* lls, lls-m, .* unless sim"),
     ([*LAYERS, "lls", "--device", "gpu"], "unknown device 'gpu'"),
-    (["analyze", "synchrny", "lls"], "synchrny"),
+    (["analyze", "synchrny", "lls"], "synchrny.* See `locallearn analyze --help`"),
+    ([*LAYERS, "lls", "--blok", "x"], "--blok.* See `locallearn analyze layers --help`"),
 ]
 
 

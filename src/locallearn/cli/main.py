@@ -81,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # themselves; typer brings its own copy of click or the package, so there is no one class.
         say = getattr(error, "format_message", None)
         if say is not None:
-            return _fail(f"{say()} See `locallearn {' '.join(given[:1])} --help`.")
+            where = getattr(getattr(error, "ctx", None), "command_path", "locallearn")
+            return _fail(f"{say()} See `{where} --help`.")
         if type(error).__name__ == "OutOfMemoryError":
             return _fail("the device ran out of memory. Use a smaller --batch-size.")
         raise

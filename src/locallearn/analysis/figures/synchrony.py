@@ -144,5 +144,13 @@ def _draw_blocks(
     axes.set_ylim(bottom=0)
     axes.margins(x=0.06)
     axes.set_ylabel("synchrony index, %")
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(
+        fontsize=8,
+        frameon=False,
+        ncols=3,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 0.98),
+        columnspacing=1.2,
+        borderpad=0,
+    )
     bare(axes)
