@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from locallearn import LocalLearner, build_model, build_rule
+from locallearn import LocalLearner, build_model, build_rule, list_models
 from locallearn.analysis.latents import (
     block_views,
     choose_view,
@@ -52,6 +52,17 @@ def test_features_are_the_activations_before_the_pool(rule: str) -> None:
     assert torch.equal(views[1].latents(hidden), pool_latents(hidden, 2))
     assert seen.features["linear1"].shape == (5, 128)
     assert not conv1.pool._forward_pre_hooks
+
+
+def test_every_block_of_every_network_is_read() -> None:
+    for name in list_models():
+        model = build_model(name, num_classes=3, in_channels=1, image_size=32, width=0.05)
+        learner = LocalLearner(model, "lls", backend="autograd").eval()
+        views = block_views(learner)
+        (seen,) = observe(learner, views, [(torch.randn(2, 1, 32, 32), torch.tensor([0, 1]))])
+        for view in views:
+            latents = view.latents(seen.features[view.name])
+            assert latents.shape == (2, view.spec.latent_length), (name, view.name)
 
 
 def test_features_behind_the_pool_and_of_groups() -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from locallearn.analysis.superclasses import CIFAR10
 from locallearn.cli import main
+from locallearn.cli.analyze.opening import Opened
 
 pytest.importorskip("matplotlib")
 
@@ -169,6 +171,25 @@ def test_gradcam_of_files_as_predict_sees_them(capsys: pytest.CaptureFixture[str
     assert numbers["runs"][0]["drop_other"] is None
 
 
+def test_a_run_from_a_gpu_is_looked_at_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its device nor its backend is asked for."""
+    from locallearn.cli.analyze import synchrony
+
+    real = synchrony.open_run
+
+    def open_run(run: str, device: str) -> Opened:
+        opened = real(run, device)
+        config = opened.trained.config
+        settings = replace(config.settings, device="cuda", backend="triton")
+        trained = replace(opened.trained, config=replace(config, settings=settings))
+        return replace(opened, trained=trained)
+
+    monkeypatch.setattr(synchrony, "open_run", open_run)
+    command = ["analyze", "synchrony", "lls", "--images", "all", "--device", "cpu"]
+    assert main([*command, "--out", "gpu"]) == 0
+    read_figure("gpu", "synchrony-linear1-all")
+
+
 def test_layers(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["analyze", "layers", "lls"]) == 0
     document = read_figure("lls/figures", "layers")
@@ -219,6 +240,7 @@ BAD_INPUT = [
     ([*SYNCHRONY, "lls", "--limit", "5"], "no test image is classified rightly as: .*--images all"),
     ([*SYNCHRONY, "lls", "--out", "a.png"], "--out a.png is a file; give a directory"),
     ([*SYNCHRONY, "lls", "--out", ""], "--out is empty"),
+    ([*SYNCHRONY, "lls", "--seed", "-1"], "--seed"),
     ([*SYNCHRONY, "bp"], "rule 'bp' compares latents with no waves. Give --basis cosine or square"),
     ([*SYNCHRONY, "random"], "the run's basis is random and has no frequencies. Give --basis"),
     ([*SYNCHRONY, "lls", "--basis", "random"], "a random basis has no frequencies"),
@@ -252,11 +274,13 @@ def test_bad_input_is_one_line(
 ) -> None:
     if arguments[1] == "gradcam":
         pytest.importorskip("captum")
+    before = sorted(Path().rglob("*"))
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err + captured.out
     (line,) = captured.err.strip().splitlines()
     assert re.search("^Error: .*" + message, line), line
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_what_is_not_installed_is_named(

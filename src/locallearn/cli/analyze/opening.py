@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +45,9 @@ LimitOption = Annotated[
 ]
 BatchSizeOption = Annotated[int, typer.Option(help="Images at a time.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-SeedOption = Annotated[int, typer.Option(help="Of whatever is drawn at random.")]
+SeedOption = Annotated[
+    int, typer.Option(help="Of whatever is drawn at random.", min=0, max=2**32 - 1)
+]
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,9 @@ class Opened:
         """Re-estimate BatchNorm's statistics as the training loop does before an evaluation."""
         from locallearn.engine.building import recalibrate, training_loader
 
-        recalibrate(learner, training_loader(self.settings, dataset, self.device))
+        # The run's own backend may be of another device; what it makes of the images is the same.
+        settings = replace(self.settings, backend="reference")
+        recalibrate(learner, training_loader(settings, dataset, self.device))
 
     def test_loader(self, dataset: Dataset, batch_size: int) -> ImageLoader:
         """The test images in their own order."""
@@ -125,13 +129,12 @@ def open_run(run: str, device: str) -> Opened:
 
 
 def figure_directory(run: str, out: str | None) -> Path:
-    """Where the figures go: made if need be. Raises UserError, or OSError, where it can't be."""
+    """Where the figures go. Raises UserError where that is no directory, nor can become one."""
     directory = Path(run) / "figures" if out is None else Path(out)
     if out == "":
         raise UserError("--out is empty; give a directory, or leave it out.")
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--out {directory} is a file; give a directory.")
-    directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 
@@ -147,6 +150,7 @@ def write_figure(
     from locallearn.analysis.figures.drawing import written
     from locallearn.engine.files import write_atomically, write_json
 
+    directory.mkdir(parents=True, exist_ok=True)
     for suffix in (".png", ".svg"):
         target = directory / f"{name}{suffix}"
         write_atomically(target, written(figure, target))
