@@ -20,7 +20,18 @@ from locallearn.cli.analyze.opening import Opened
 
 pytest.importorskip("matplotlib")
 
-TINY = ["--epochs", "2", "--limit-train", "500", "--limit-test", "100", "--num-threads", "1"]
+TINY = [
+    "--epochs",
+    "2",
+    "--limit-train",
+    "500",
+    "--limit-test",
+    "100",
+    "--num-threads",
+    "1",
+    "--width",
+    "0.5",
+]
 GROUPS = {"round": ["0", "6", "8", "9"], "straight": ["1", "4", "7"], "both": ["2", "3", "5"]}
 FEW = ["--limit", "60", "--images", "all", "--no-untrained"]
 
