@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,11 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from locallearn.cli.console import make_observer
+from locallearn.cli.run_data import load_run_data
 from locallearn.errors import UserError
 
 if TYPE_CHECKING:
-    from locallearn.data import Dataset
     from locallearn.engine import Evaluation, Trained
 
 _SPLITS = ("test", "val", "train")
@@ -67,7 +65,7 @@ def evaluate(
             check_target(Path(given), name)
     place = torch.device(choose_device(device))
     trained = load_trained(Path(run))
-    dataset = _load_data(trained, data_dir, cache)
+    dataset = load_run_data(trained, data_dir, cache)
     source = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[split]
     if source is None:
         raise UserError("the run held no validation images out (--val-split); use --split test.")
@@ -101,34 +99,6 @@ def evaluate(
             },
         )
         print(f"figures written to {json}")
-
-
-def _load_data(trained: Trained, data_dir: str | None, cache: str | None) -> Dataset:
-    """The run's data, seen as the run's network was trained to see it."""
-    from locallearn.engine.building import load_data
-
-    config = trained.config
-    in_memory = config.data["in_memory"] if data_dir is None else None
-    dataset = load_data(
-        config.settings,
-        data_dir=data_dir,
-        cache=cache,
-        in_memory=in_memory,
-        listener=make_observer(quiet=False),
-    )
-    if dataset.class_names != config.class_names:
-        raise UserError(
-            f"the data has other classes than the network was trained on: "
-            f"{', '.join(dataset.class_names)} instead of {', '.join(config.class_names)}."
-        )
-    for what in ("num_channels", "image_size", "resize"):
-        ours, theirs = getattr(config.inputs, what), getattr(dataset.inputs, what)
-        if ours != theirs:
-            raise UserError(
-                f"the data has {what} {theirs}, the network was trained with {ours}. Give data "
-                f"like that it was trained on; `predict` takes images of any size."
-            )
-    return replace(dataset, inputs=config.inputs)
 
 
 def _print(

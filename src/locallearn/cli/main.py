@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import typer
 
 from locallearn.cli import (
+    analyze,
     bench,
     cost,
     doctor,
@@ -38,6 +39,7 @@ app.command("predict")(predict.predict)
 app.command("reproduce")(reproduce.reproduce)
 app.command("bench")(bench.bench)
 app.command("cost")(cost.cost)
+app.add_typer(analyze.app, name="analyze")
 app.command("report")(report.report)
 app.command("list")(listing.list_names)
 app.command("doctor")(doctor.doctor)
@@ -81,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # themselves; typer brings its own copy of click or the package, so there is no one class.
         say = getattr(error, "format_message", None)
         if say is not None:
-            return _fail(f"{say()} See `locallearn {' '.join(given[:1])} --help`.")
+            where = getattr(getattr(error, "ctx", None), "command_path", "locallearn")
+            return _fail(f"{say()} See `{where} --help`.")
         if type(error).__name__ == "OutOfMemoryError":
             return _fail("the device ran out of memory. Use a smaller --batch-size.")
         raise

@@ -48,7 +48,7 @@ def load_data(
         listener: is told of downloads and of whatever else takes long.
     """
     limit = free_memory_bytes() // 4
-    if settings.device == "cuda":
+    if settings.device == "cuda" and torch.cuda.is_available():  # it may be looked at elsewhere
         limit = min(limit, torch.cuda.mem_get_info()[0] // 4)
     if in_memory is not None:
         limit = sys.maxsize if in_memory else 0

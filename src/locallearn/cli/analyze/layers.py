@@ -1,0 +1,106 @@
+"""`locallearn analyze layers`."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from locallearn.cli.analyze.opening import (
+    BatchSizeOption,
+    CacheOption,
+    DataDirOption,
+    DeviceOption,
+    LimitOption,
+    Opened,
+    OutOption,
+    RunArgument,
+    figure_directory,
+    figure_name,
+    open_run,
+    write_figure,
+)
+from locallearn.errors import UserError
+
+
+def layers(
+    run: RunArgument,
+    limit: LimitOption = None,
+    out: OutOption = None,
+    data_dir: DataDirOption = None,
+    cache: CacheOption = None,
+    batch_size: BatchSizeOption = 256,
+    device: DeviceOption = "auto",
+) -> None:
+    """Accuracy of each block's own head: over the epochs, and on the test set.
+
+    Of rules whose local heads give logits. The curves are of the training images, as metrics.csv
+    has them; the test accuracies are of the weights as they are now.
+    """
+    from locallearn.analysis.figures.drawing import figure_class
+    from locallearn.analysis.figures.layers import plot_layers
+    from locallearn.analysis.layers import head_accuracies, read_curves
+    from locallearn.rules import ProjectionRule, list_rules, rule_class
+
+    figure_class()
+    opened = open_run(run, device)
+    curves = read_curves(Path(run) / "metrics.csv")
+    views = opened.views()
+    if any(view.name not in curves.blocks for view in views):
+        having = [name for name in list_rules() if issubclass(rule_class(name), ProjectionRule)]
+        given = opened.settings.local_loss
+        rule = opened.settings.rule + (f" with local-loss {given}" if given else "")
+        raise UserError(
+            f"rule {rule!r} has no local heads with logits, and so no accuracy by block. Rules "
+            f"that have: {', '.join(having)} (local-losses unless sim)."
+        )
+    directory = figure_directory(run, out)
+    dataset = opened.load_data(data_dir, cache, limit)
+    loader = opened.test_loader(dataset, batch_size)
+    by_block, network = head_accuracies(opened.learner, views, loader.epoch())
+
+    num = len(dataset.test)
+    caption = _caption(opened, by_block, network, num, curves.epochs[-1])
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("block", no_wrap=True)
+    for heading in ("training %, last epoch", "test %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, accuracy in by_block.items():
+        table.add_row(name, f"{curves.blocks[name][-1]:.2f}", f"{accuracy:.2f}")
+    table.add_row("network", f"{curves.train[-1]:.2f}", f"{network:.2f}")
+    Console(highlight=False).print(table)
+    print(caption)
+    numbers = {
+        "num_images": num,
+        "test_acc": network,
+        "test_acc_by_block": by_block,
+        "epochs": curves.epochs,
+        "train_acc_by_block": {name: curves.blocks[name] for name in by_block},
+        "network_train_acc": curves.train,
+        "network_test_acc": curves.test,
+    }
+    figure = plot_layers(curves, by_block, network, title=opened.title)
+    write_figure(directory, figure_name("layers"), figure, caption, numbers)
+
+
+def _caption(
+    opened: Opened, by_block: dict[str, float], network: float, num: int, num_epochs: int
+) -> str:
+    """What the figure shows, in numbers."""
+    each = ", ".join(f"{name} {accuracy:.1f} %" for name, accuracy in by_block.items())
+    names = list(by_block)
+    falls = [b for a, b in pairwise(names) if by_block[b] < by_block[a]]
+    shown = (
+        f"Accuracy of each block's own head over {num_epochs} epochs ({opened.title}), and on "
+        f"{num:,} test images at the end: {each}; the network's classifier {network:.1f} %."
+    )
+    if falls:
+        shown += f" It falls at {', '.join(falls)}, and elsewhere grows from block to block."
+    else:
+        shown += (
+            f" It grows from block to block, from {by_block[names[0]]:.1f} % at {names[0]} to "
+            f"{by_block[names[-1]]:.1f} % at {names[-1]}: later blocks add to earlier ones."
+        )
+    return f"{shown} The paper has no such figure."

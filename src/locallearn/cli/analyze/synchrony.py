@@ -1,0 +1,268 @@
+"""`locallearn analyze synchrony`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from locallearn.cli.analyze.opening import (
+    BatchSizeOption,
+    BlockOption,
+    CacheOption,
+    DataDirOption,
+    DeviceOption,
+    LimitOption,
+    Opened,
+    OutOption,
+    RunArgument,
+    SeedOption,
+    check_every_class,
+    class_numbers,
+    figure_directory,
+    figure_name,
+    open_run,
+    write_figure,
+)
+from locallearn.errors import UserError, unknown_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from locallearn.analysis.latents import BlockView, ClassMeans
+    from locallearn.analysis.synchrony import Synchrony
+    from locallearn.data import Dataset
+
+_IMAGES = ("correct", "all")
+_MAX_SHOWN = 4
+_FOURTH = 3  # the paper's figure 2 is of VGG8's fourth block
+_SIGNIFICANT = 0.01
+_MIN_CLASSES = 5  # of four there are 24 orders, too few for such a p
+
+
+def synchrony(
+    run: RunArgument,
+    block: BlockOption = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Two to four classes to show, by name or number. Default: the first two.",
+            metavar="A,B",
+            show_default=False,
+        ),
+    ] = None,
+    images: Annotated[
+        str, typer.Option(help="Test images to average: correct (classified rightly), or all.")
+    ] = "correct",
+    basis: Annotated[
+        str | None,
+        typer.Option(
+            help="cosine or square: look for these waves, instead of what the rule compares with.",
+            show_default=False,
+        ),
+    ] = None,
+    setting: Annotated[
+        str | None,
+        typer.Option(help="Of --basis: official or paper. Default: official.", show_default=False),
+    ] = None,
+    untrained: Annotated[
+        bool, typer.Option(help="Compare with the network before its training.")
+    ] = True,
+    seed: SeedOption = 0,
+    limit: LimitOption = None,
+    out: OutOption = None,
+    data_dir: DataDirOption = None,
+    cache: CacheOption = None,
+    batch_size: BatchSizeOption = 256,
+    device: DeviceOption = "auto",
+) -> None:
+    """Whether a block's activations swing at their class's frequency (the paper's figure 2).
+
+    Spectra of the mean latents of classes beside those of the waves they are compared with, and the
+    synchrony index: the share of a class's energy at its own wave's frequency, against shuffled
+    classes. By default of the fourth block. docs/analysis.md has the formulas.
+    """
+    from locallearn.analysis.figures.drawing import figure_class
+    from locallearn.analysis.figures.synchrony import plot_synchrony
+    from locallearn.analysis.latents import choose_view, class_means
+    from locallearn.analysis.synchrony import synchrony as measure
+
+    if images not in _IMAGES:
+        raise unknown_name("choice of --images", images, _IMAGES)
+    figure_class()
+    opened = open_run(run, device)
+    views = opened.views()
+    place = choose_view(views, block, _FOURTH)
+    shown = class_numbers(opened.class_names, classes) if classes is not None else [0, 1]
+    if not 2 <= len(shown) <= _MAX_SHOWN:
+        raise UserError(f"--classes takes two to {_MAX_SHOWN} classes, got {len(shown)}.")
+    references, reference = _references(opened, views, basis, setting)
+    directory = figure_directory(run, out)
+    dataset = opened.load_data(data_dir, cache, limit)
+    loader = opened.test_loader(dataset, batch_size)
+    only_correct = images == "correct"
+    means = class_means(opened.learner, views, loader.epoch(), only_correct=only_correct)
+    check_every_class(opened.class_names, means.counts, only_correct=only_correct)
+    names = [view.name for view in views]
+
+    def compare(observed: ClassMeans) -> list[Synchrony]:
+        pairs = zip(names, references, strict=True)
+        return [measure(observed.means[each], rows, seed=seed) for each, rows in pairs]
+
+    results = compare(means)
+    before = None
+    if untrained:
+        before = compare(_before_training(opened, views, dataset, batch_size))
+
+    name = figure_name(
+        "synchrony",
+        views[place].name,
+        f"{basis or 'square'}-{setting or 'official'}" if basis or setting else None,
+        "-".join(opened.class_names[number] for number in shown) if classes else None,
+        "all" if images == "all" else None,
+    )
+    caption = _caption(opened, views[place].name, results[place], means, reference, only_correct)
+    if before is not None:
+        caption += f" Before training the index was {100 * before[place].index.value:.1f} %."
+    _print(opened, views, results, before)
+    print(caption)
+    figure = plot_synchrony(
+        results,
+        before,
+        block_names=names,
+        place=place,
+        class_names=opened.class_names,
+        shown=shown,
+        reference=reference,
+        title=opened.title,
+    )
+    numbers = {
+        "block": views[place].name,
+        "reference": reference,
+        "class_names": list(opened.class_names),
+        "shown": [opened.class_names[number] for number in shown],
+        "images": images,
+        "num_images": means.num_images,
+        "images_by_class": means.counts.tolist(),
+        "energy": results[place].energy.tolist(),
+        "blocks": [
+            {
+                "block": view.name,
+                "latent_length": view.spec.latent_length,
+                **result.numbers(),
+                "before_training": None if before is None else before[number].numbers(),
+            }
+            for number, (view, result) in enumerate(zip(views, results, strict=True))
+        ],
+    }
+    write_figure(directory, name, figure, caption, numbers)
+
+
+def _print(
+    opened: Opened,
+    views: list[BlockView],
+    results: list[Synchrony],
+    before: list[Synchrony] | None,
+) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for heading in ("block", "index %", "shuffled %", "p", "untrained %", "peaks", "match"):
+        justify: Literal["left", "right"] = "left" if heading == "block" else "right"
+        table.add_column(heading, justify=justify, no_wrap=True)
+    for number, (view, result) in enumerate(zip(views, results, strict=True)):
+        index, match = result.index, result.match
+        table.add_row(
+            view.name,
+            f"{100 * index.value:.1f}",
+            f"{100 * index.mean:.1f} ± {100 * index.std:.1f}",
+            f"{index.p_value:.4f}",
+            "-" if before is None else f"{100 * before[number].index.value:.1f}",
+            f"{result.num_peaks_at_own} of {len(opened.class_names)}",
+            f"{match.value:.2f} ({match.mean:.2f} ± {match.std:.2f})",
+        )
+    Console(highlight=False).print(table)
+
+
+def _before_training(
+    opened: Opened, views: list[BlockView], dataset: Dataset, batch_size: int
+) -> ClassMeans:
+    """The same images' latents, all of them, in the network as its seed made it."""
+    import torch
+
+    from locallearn.analysis.latents import block_views, class_means
+    from locallearn.engine.building import build_learner
+
+    settings = opened.settings
+    torch.manual_seed(settings.seed)
+    learner = build_learner(settings, opened.trained.config.inputs, len(opened.class_names))
+    learner.to(opened.device)
+    opened.recalibrate(learner, dataset)
+    fresh = block_views(learner, head_after_pool=settings.head_after_pool)
+    assert [view.name for view in fresh] == [view.name for view in views]
+    loader = opened.test_loader(dataset, batch_size)
+    return class_means(learner, fresh, loader.epoch(), only_correct=False)
+
+
+def _caption(
+    opened: Opened,
+    block: str,
+    result: Synchrony,
+    means: ClassMeans,
+    reference: str,
+    only_correct: bool,
+) -> str:
+    """What the figure shows, in numbers, and whether it is what the paper says."""
+    index, num_classes = result.index, len(opened.class_names)
+    num = int(means.counts.sum())
+    which = f"{num:,} test images classified rightly" if only_correct else f"{num:,} test images"
+    shown = (
+        f"Spectra of the mean latents by class of block {block} ({opened.title}; {which}) beside "
+        f"those of {reference}: {100 * index.value:.1f} % of a class's energy lies at its own "
+        f"wave's frequency, {100 * index.mean:.1f} ± {100 * index.std:.1f} % with the classes "
+        f"shuffled (p = {index.p_value:.4f}), and the spectrum peaks there for "
+        f"{result.num_peaks_at_own} of {num_classes} classes."
+    )
+    if num_classes < _MIN_CLASSES:
+        return f"{shown} Of so few classes shuffling can't tell whether that is chance."
+    if index.p_value >= _SIGNIFICANT:
+        return (
+            f"{shown} That is no more than by chance: it does not show the synchronisation that "
+            f"the paper says."
+        )
+    if 2 * result.num_peaks_at_own < num_classes:
+        return (
+            f"{shown} That is more than by chance, but most spectra peak elsewhere: it shows less "
+            f"than the paper says."
+        )
+    return f"{shown} It shows what the paper says: activations swing at their class's frequency."
+
+
+def _references(
+    opened: Opened, views: list[BlockView], basis: str | None, setting: str | None
+) -> tuple[list[Tensor], str]:
+    """What each block's latents are compared with, (K, T), and what that is, in words."""
+    from locallearn.rules import LLS, LLSM, BasisHead, build_rule
+    from locallearn.rules.lls import BasisRule, ModulatedRule
+
+    rule = opened.learner.rule
+    if basis is not None or setting is not None:
+        waves = build_rule("lls", basis=basis or "square", setting=setting or "official")
+        assert isinstance(waves, LLS)
+        if waves.basis == "random":
+            raise UserError("a random basis has no frequencies. Give --basis cosine or square.")
+        rows = [waves.build_head(view.spec).projection() for view in views]
+        return rows, f"B ({waves.basis}, {waves.setting})"
+    advice = "Give --basis cosine or square to look for the waves that LLS would use."
+    if not isinstance(rule, BasisRule):
+        raise UserError(f"rule {rule.name!r} compares latents with no waves. {advice}")
+    if rule.basis == "random":
+        raise UserError(f"the run's basis is random and has no frequencies. {advice}")
+    rows = []
+    for view in views:
+        assert isinstance(view.head, BasisHead)
+        rows.append(view.head.projection().detach().cpu())
+    if not isinstance(rule, ModulatedRule):
+        return rows, f"B ({rule.basis}, {rule.setting})"
+    made = "scaled B" if isinstance(rule, LLSM) else "mixtures of B"
+    return rows, f"D ({made}; {rule.basis}, {rule.setting})"

@@ -1,0 +1,316 @@
+"""`locallearn analyze` as a user meets it: files, captions, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from locallearn.analysis.superclasses import CIFAR10
+from locallearn.cli import main
+from locallearn.cli.analyze.opening import Opened
+
+pytest.importorskip("matplotlib")
+
+TINY = [
+    "--epochs",
+    "2",
+    "--limit-train",
+    "500",
+    "--limit-test",
+    "100",
+    "--num-threads",
+    "1",
+    "--width",
+    "0.5",
+]
+GROUPS = {"round": ["0", "6", "8", "9"], "straight": ["1", "4", "7"], "both": ["2", "3", "5"]}
+FEW = ["--limit", "60", "--images", "all", "--no-untrained"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of short runs, named by their rule, and what else the commands are given."""
+    root = tmp_path_factory.mktemp("runs")
+    rules = {"lls": [], "mxm": ["lls-mxm"], "bp": ["bp"], "random": ["lls", "--basis", "random"]}
+    for name, rule in rules.items():
+        flags = ["--rule", *rule] if rule else []
+        assert main(["train", *TINY, *flags, "--quiet", "--out", str(root / name)]) == 0
+    (root / "groups.json").write_text(json.dumps(GROUPS))
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        pixels = rng.integers(0, 255, (9, 11), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{name}.png")
+    (root / "broken.png").write_text("no image")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_runs(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.chdir(runs)
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def read_figure(directory: str, name: str) -> dict:
+    """The JSON of a figure whose picture and drawing are whole."""
+    base = Path(directory)
+    with Image.open(base / f"{name}.png") as picture:
+        picture.load()
+        assert min(picture.size) > 200
+    root = ElementTree.parse(base / f"{name}.svg").getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    document = json.loads((base / f"{name}.json").read_text())
+    assert list(document) == ["figure", "caption", "command", "numbers"]
+    assert document["figure"] == name
+    assert document["command"].startswith("locallearn")
+    assert document["caption"].endswith(".")
+    return document
+
+
+def test_synchrony(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["analyze", "synchrony", "lls", "--classes", "3,8,1", "--images", "all"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    document = read_figure("lls/figures", "synchrony-linear1-3-8-1-all")
+    assert document["caption"] in out
+    assert "written to lls/figures/synchrony-linear1-3-8-1-all.png, .svg and .json" in out
+    assert len(re.findall(r"^(conv\d|linear1) +[\d.]+ +[\d.]+ ± [\d.]+ +[01]\.\d", out, re.M)) == 4
+    numbers = document["numbers"]
+    assert numbers["reference"] == "B (square, official)"
+    assert numbers["num_images"] == sum(numbers["images_by_class"]) == 100
+    assert [row["block"] for row in numbers["blocks"]] == ["conv1", "conv2", "conv3", "linear1"]
+    index = numbers["blocks"][3]["index"]
+    assert np.trace(numbers["energy"]) / 10 == pytest.approx(index["value"])
+    assert f"{100 * index['value']:.1f} % of a class's energy" in document["caption"]
+    # Trained to swing so, and untrained not.
+    assert index["p_value"] < 0.01
+    untrained = numbers["blocks"][3]["before_training"]["index"]
+    assert untrained["p_value"] > 0.01
+    assert untrained["value"] < index["value"] / 2
+
+
+def test_synchrony_of_correct_images_in_a_network_without_waves() -> None:
+    """The waves that LLS would use, and no peaks at them; another block, another directory."""
+    command = ["analyze", "synchrony", "bp", "--block", "conv2", "--basis", "cosine"]
+    assert main([*command, "--setting", "paper", "--no-untrained", "--out", "new/figures"]) == 0
+    document = read_figure("new/figures", "synchrony-conv2-cosine-paper")
+    numbers = document["numbers"]
+    assert numbers["reference"] == "B (cosine, paper)"
+    assert sum(numbers["images_by_class"]) < numbers["num_images"]
+    assert numbers["blocks"][0]["before_training"] is None
+    assert numbers["blocks"][1]["index"]["p_value"] > 0.01
+    assert "does not show the synchronisation that the paper says" in document["caption"]
+
+
+def test_synchrony_compares_with_the_mixtures() -> None:
+    assert main(["analyze", "synchrony", "mxm", *FEW]) == 0
+    numbers = read_figure("mxm/figures", "synchrony-linear1-all")["numbers"]
+    assert numbers["reference"] == "D (mixtures of B; square, official)"
+    assert numbers["num_images"] == 60
+
+
+def test_semantics(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", "semantics", "mxm", "--groups", "groups.json", "--data-dir", "no"]) == 0
+    out = capsys.readouterr().out
+    document = read_figure("mxm/figures", "semantics-linear1-groups")
+    assert document["caption"] in out
+    numbers = document["numbers"]
+    assert numbers["groups"][:3] == ["round", "straight", "both"]
+    assert np.shape(numbers["points"]) == (10, 2)
+    assert numbers["perplexity"] == 3
+    score = numbers["blocks"][3]["silhouette"]
+    assert f"the silhouette by group is {score['value']:.3f}" in document["caption"]
+    assert f"of the points drawn it is {numbers['silhouette_of_points']['value']:.3f}" in out
+
+
+def test_semantics_of_latents_of_a_rule_without_m() -> None:
+    command = ["analyze", "semantics", "bp", "--of", "latents", "--block", "conv1"]
+    assert main([*command, "--groups", "groups.json", "--limit", "60"]) == 0
+    numbers = read_figure("bp/figures", "semantics-conv1-latents-groups")["numbers"]
+    assert numbers["of"] == "latents"
+
+
+def test_semantics_knows_cifar10_by_its_names(make_folder) -> None:
+    names = sorted([*CIFAR10["animals"], *CIFAR10["vehicles"]])
+    data = make_folder(classes=tuple(names), per_class=4)
+    flags = ["--dataset", "folder", "--data-dir", str(data), "--rule", "lls-mxm", "--epochs", "1"]
+    assert main(["train", *flags, "--quiet", "--out", "cifar"]) == 0
+    assert main(["analyze", "semantics", "cifar"]) == 0
+    numbers = read_figure("cifar/figures", "semantics-linear1")["numbers"]
+    assert numbers["groups"] == ["vehicles"] * 2 + ["animals"] * 6 + ["vehicles"] * 2
+
+
+def test_gradcam_of_test_images(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("captum")
+    command = ["analyze", "gradcam", "mxm", "--beside", "bp", "--check", "65", "--num-images", "3"]
+    assert main(command) == 0
+    document = read_figure("mxm/figures", "gradcam-conv3-beside-bp")
+    assert document["caption"] in capsys.readouterr().out
+    assert "on 3 test images drawn at random, 2 of them classified rightly" in document["caption"]
+    numbers = document["numbers"]
+    assert numbers["num_checked"] == 65
+    assert [run["run"] for run in numbers["runs"]] == ["mxm", "bp"]
+    for run in numbers["runs"]:
+        drop = run["drop_hottest"] - run["drop_other"]
+        assert run["excess_over_other"]["value"] == pytest.approx(drop)
+        assert all(0 <= probability <= 1 for probability in run["probability"])
+
+
+def test_gradcam_of_files_as_predict_sees_them(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("captum")
+    assert main(["predict", "lls", "a.png", "b.png", "--json"]) == 0
+    answers = [row["predictions"][0] for row in json.loads(capsys.readouterr().out)]
+    assert main(["analyze", "gradcam", "lls", "a.png", "b.png", "--block", "conv1"]) == 0
+    document = read_figure("lls/figures", "gradcam-conv1-a-b")
+    assert "Of so few images that can't be told from chance" in document["caption"]
+    (run,) = document["numbers"]["runs"]
+    assert run["predicted"] == [answer["class"] for answer in answers]
+    assert run["probability"] == pytest.approx([answer["probability"] for answer in answers])
+
+    assert main(["analyze", "gradcam", "lls", "a.png", "--target", "7", "--seed", "3"]) == 0
+    numbers = read_figure("lls/figures", "gradcam-conv3-target-7-a")["numbers"]
+    assert numbers["target"] == "7"
+    assert numbers["runs"][0]["drop_other"] is None
+
+
+def test_a_run_from_a_gpu_is_looked_at_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its device nor its backend is asked for."""
+    from locallearn.cli.analyze import synchrony
+
+    real = synchrony.open_run
+
+    def open_run(run: str, device: str) -> Opened:
+        opened = real(run, device)
+        config = opened.trained.config
+        settings = replace(config.settings, device="cuda", backend="triton")
+        trained = replace(opened.trained, config=replace(config, settings=settings))
+        return replace(opened, trained=trained)
+
+    monkeypatch.setattr(synchrony, "open_run", open_run)
+    command = ["analyze", "synchrony", "lls", "--images", "all", "--device", "cpu"]
+    assert main([*command, "--out", "gpu"]) == 0
+    read_figure("gpu", "synchrony-linear1-all")
+
+
+def test_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", "layers", "lls"]) == 0
+    document = read_figure("lls/figures", "layers")
+    assert document["caption"] in capsys.readouterr().out
+    numbers = document["numbers"]
+    summary = json.loads(Path("lls/summary.json").read_text())
+    assert numbers["test_acc"] == pytest.approx(summary["test_acc"])
+    assert numbers["network_test_acc"] == summary["test_acc_per_epoch"]
+    assert numbers["epochs"] == [1, 2]
+    assert list(numbers["test_acc_by_block"]) == ["conv1", "conv2", "conv3", "linear1"]
+    # Ten classes: what has learned is far above a tenth.
+    assert numbers["test_acc_by_block"]["linear1"] > 30
+
+
+def test_an_interrupted_run_is_shown_as_it_is(runs: Path) -> None:
+    summary = Path("mxm/summary.json")
+    content = summary.read_text()
+    summary.unlink()
+    try:
+        assert main(["analyze", "layers", "mxm", "--out", "partial"]) == 0
+    finally:
+        summary.write_text(content)
+    numbers = read_figure("partial", "layers")["numbers"]
+    assert numbers["test_acc"] == pytest.approx(json.loads(content)["test_acc"])
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["analyze"], ["analyze", "--help"]):
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert all(name in out for name in ("synchrony", "semantics", "gradcam", "layers"))
+    assert main(["analyze", "gradcam", "-h"]) == 0
+    assert "--beside" in capsys.readouterr().out
+
+
+SYNCHRONY, SEMANTICS = ["analyze", "synchrony"], ["analyze", "semantics"]
+GRADCAM, LAYERS = ["analyze", "gradcam"], ["analyze", "layers"]
+BAD_INPUT = [
+    ([*SYNCHRONY, "nowhere"], "nowhere is no directory; expected a run directory"),
+    ([*SYNCHRONY, "."], r"is no run directory: it holds no config.json"),
+    ([*SYNCHRONY, "lls", "--block", "conv9"], "unknown block 'conv9'. .* conv1, conv2, conv3, lin"),
+    ([*SYNCHRONY, "lls", "--classes", "3,x"], "unknown class 'x'. .* 0, 1, 2"),
+    ([*SYNCHRONY, "lls", "--classes", "3"], "--classes takes two to 4 classes, got 1"),
+    ([*SYNCHRONY, "lls", "--images", "some"], "unknown choice of --images 'some'"),
+    ([*SYNCHRONY, "lls", "--limit", "0"], "--limit must be at least 1, got 0"),
+    ([*SYNCHRONY, "lls", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+    ([*SYNCHRONY, "lls", "--images", "all", "--limit", "5"], "there is no test image of: "),
+    ([*SYNCHRONY, "lls", "--limit", "5"], "no test image is classified rightly as: .*--images all"),
+    ([*SYNCHRONY, "lls", "--out", "a.png"], "--out a.png is a file; give a directory"),
+    ([*SYNCHRONY, "lls", "--out", ""], "--out is empty"),
+    ([*SYNCHRONY, "lls", "--seed", "-1"], "--seed"),
+    ([*SYNCHRONY, "bp"], "rule 'bp' compares latents with no waves. Give --basis cosine or square"),
+    ([*SYNCHRONY, "random"], "the run's basis is random and has no frequencies. Give --basis"),
+    ([*SYNCHRONY, "lls", "--basis", "random"], "a random basis has no frequencies"),
+    ([*SYNCHRONY, "lls", "--basis", "sine"], "unknown basis 'sine'"),
+    ([*SEMANTICS, "mxm"], "known of CIFAR-10 and CIFAR-100 alone; give --groups"),
+    (
+        [*SEMANTICS, "lls", "--groups", "groups.json"],
+        "no M .* lls-mxm, lls-mxm-reduced. Use",
+    ),
+    ([*SEMANTICS, "mxm", "--groups", "none.csv"], "--groups none.csv does not exist"),
+    ([*SEMANTICS, "mxm", "--of", "rows"], "unknown choice of --of 'rows'"),
+    ([*GRADCAM, "lls", "broken.png"], "unreadable images: broken.png"),
+    ([*GRADCAM, "lls", "none.png"], "no such image files: none.png"),
+    ([*GRADCAM, "lls", "--block", "linear1"], "no convolutional block 'linear1'. .* conv1, conv2"),
+    ([*GRADCAM, "lls", "--target", "x"], "unknown class 'x'"),
+    ([*GRADCAM, "lls", "--target", "1,2"], "--target takes one class, got '1,2'"),
+    ([*GRADCAM, "lls", "--num-images", "0"], "--num-images must be at least 1, got 0"),
+    ([*GRADCAM, "lls", "--beside", "nowhere"], "nowhere is no directory"),
+    ([*LAYERS, "bp"], "rule 'bp' has no local heads with logits, .* lls, lls-m, .* unless sim"),
+    ([*LAYERS, "lls", "--device", "gpu"], "unknown device 'gpu'"),
+    (["analyze", "synchrny", "lls"], "synchrny.* See `locallearn analyze --help`"),
+    ([*LAYERS, "lls", "--blok", "x"], "--blok.* See `locallearn analyze layers --help`"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD_INPUT, ids=[" ".join(row[0][1:]) for row in BAD_INPUT]
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if arguments[1] == "gradcam":
+        pytest.importorskip("captum")
+    before = sorted(Path().rglob("*"))
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    (line,) = captured.err.strip().splitlines()
+    assert re.search("^Error: .*" + message, line), line
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_what_is_not_installed_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "captum", None)
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    assert main(["analyze", "gradcam", "lls"]) == 2
+    assert "Grad-CAM needs captum: pip install 'locallearn[gradcam]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["analyze", "layers", "lls"]) == 2
+    assert "drawn by matplotlib: pip install 'locallearn[plot]'" in capsys.readouterr().err
+
+
+def test_runs_on_other_data_are_not_put_beside(
+    make_folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("captum")
+    flags = ["--dataset", "folder", "--data-dir", str(make_folder()), "--epochs", "1", "--quiet"]
+    assert main(["train", *flags, "--out", "other"]) == 0
+    assert main(["analyze", "gradcam", "lls", "--beside", "other"]) == 2
+    assert "--beside other was trained on other data: its classes differ" in capsys.readouterr().err
