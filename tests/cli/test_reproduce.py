@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +15,7 @@ import pytest
 
 from locallearn.cli import main
 from locallearn.engine import RunDirectory
+from locallearn.engine.run import load_checkpoint
 from locallearn.recipes import list_tables
 
 TABLE = """
@@ -43,19 +49,22 @@ def test_runs_what_is_missing_and_writes_the_table(capfd) -> None:
     path = Path("runs", "mine", "two", "2-epochs", "seed-1")
     assert f"missing  {path}\n" in out
     assert "locallearn train --dataset digits --model smallconv --rule drtp --epochs 2" in out
-    assert "rehearsal: 2 of 4 epochs; seed 1 of 2\n" in out
-    assert "1 runs: 1 missing, 0 started, 0 done" in out
+    assert "rehearsal: 2 of 4 epochs; 1 of 2 seeds: 1\n" in out
+    assert "1 run: 1 missing, 0 started, 0 done" in out
     assert not Path("runs").exists()
 
     assert main(arguments) == 0
     captured = capfd.readouterr()
     assert captured.err == ""
+    mark = "A rehearsal, not the recipes as they are written: 2 of 4 epochs; 1 of 2 seeds: 1."
+    assert f"\n{mark}\n" in captured.out
     accuracy = RunDirectory(path).read_summary()["test_acc"]
     assert f"[1/1] two, seed 1: {accuracy:.2f} % (best " in captured.out
     assert re.search(rf"^two +{accuracy:.2f} +\d+\.\d+ +1 ", captured.out, re.M)
-    markdown = Path("runs", "mine", "mine.md").read_text()
+    markdown = Path("runs", "mine", "mine-rehearsal.md").read_text()
     assert f"| {accuracy:.2f} |" in markdown
-    assert "**A rehearsal, not the paper's experiment:** 2 of 4 epochs; seed 1 of 2." in markdown
+    assert f"**{mark}**" in markdown
+    assert "**A part: 1 of the table's 2 rows.**" in markdown
 
     # The same command again has nothing to do.
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*.safetensors")}
@@ -74,7 +83,7 @@ def test_every_table_can_be_planned(table: str, capsys) -> None:
     assert "--dataset folder" in out
     assert "--data-dir images" in out
     assert re.search(r"^(\d+) runs: \1 missing, 0 started, 0 done", out, re.M)
-    assert "rehearsal" not in out
+    assert f"rehearsal: folder for {mapped}, normalised and augmented as folder is (" in out
 
 
 @pytest.mark.parametrize(
@@ -85,6 +94,8 @@ def test_every_table_can_be_planned(table: str, capsys) -> None:
         (["mine.toml", "--only", ","], "--only is empty"),
         (["mine.toml", "--seeds", "a"], "--seeds 'a' is no list of seeds"),
         (["mine.toml", "--seeds", "3-1"], "3-1 is empty"),
+        (["mine.toml", "--seeds", "0-5000"], "0-5000 is more than 1000 seeds"),
+        (["mine.toml", "--limit-train", "0"], "--limit-train"),
         (["mine.toml", "--epochs-scale", "2"], "--epochs-scale must be above 0"),
         (["mine.toml", "--jobs", "0"], "--jobs"),
         (["mine.toml", "--out", ""], "--out is empty"),
@@ -117,7 +128,7 @@ def test_a_run_that_fails_is_said_and_the_table_written(capfd) -> None:
     (line,) = captured.err.strip().splitlines()
     assert line.startswith("Error: one, seed 0: ")
     assert "empty" in line
-    assert "| 0 |" in Path("runs", "mine", "mine.md").read_text()
+    assert "| 0 of 1 |" in Path("runs", "mine", "mine-rehearsal.md").read_text()
 
 
 def test_a_directory_that_is_being_filled_is_left_alone(
@@ -129,3 +140,31 @@ def test_a_directory_that_is_being_filled_is_left_alone(
         fcntl.flock(lock, fcntl.LOCK_EX)
         line = error_line(["reproduce", "mine.toml", "--out", "out"])
     assert "--out out is being filled by another process. Wait for it to end." in line
+
+
+@pytest.mark.parametrize("delay", ["at once", "after an epoch"])
+def test_ctrl_c_saves_and_the_same_command_goes_on(delay: str) -> None:
+    """To the whole process group, as a terminal sends it; also while a run is just starting."""
+    Path("mine.toml").write_text(TABLE.replace("epochs = 4", "epochs = 5000"))
+    command = [sys.executable, "-m", "locallearn", "reproduce", "mine.toml", "--only", "one"]
+    table = subprocess.Popen(
+        [*command, "--seeds", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    folder = Path("runs", "mine", "one", "5000-epochs")
+    sign = folder if delay == "at once" else folder / "seed-0" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not sign.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(table.pid, signal.SIGINT)
+    out, err = table.communicate(timeout=120)
+    assert table.returncode == 130, err
+    assert err == "Stopped; all is saved. The same command goes on from here.\n"
+    assert "stopping: the runs save themselves" in out
+    assert "one, seed 0: stopped" in out
+    assert "Traceback" not in out
+    if delay == "after an epoch":
+        assert load_checkpoint(folder / "seed-0" / "checkpoint.pt")["epoch"] >= 1

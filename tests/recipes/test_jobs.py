@@ -34,6 +34,7 @@ from locallearn.recipes import (
     make_plan,
     run_cells,
 )
+from locallearn.recipes.step_memory import read_peak_mib
 
 
 class Recorder:
@@ -44,6 +45,7 @@ class Recorder:
         self.messages: dict[Cell, list[Message]] = {}
         self.ended: dict[Cell, Outcome] = {}
         self.num_at_once = 0
+        self.was_stopping = False
 
     def on_begin(self, cell: Cell) -> None:
         self.begun.append(cell)
@@ -55,6 +57,9 @@ class Recorder:
 
     def on_end(self, cell: Cell, outcome: Outcome) -> None:
         self.ended[cell] = outcome
+
+    def on_stopping(self) -> None:
+        self.was_stopping = True
 
     def on_tick(self) -> None:
         pass
@@ -90,14 +95,22 @@ def test_two_at_a_time_one_fails_and_the_others_go_on(table: RecipeTable, tmp_pa
         assert [m.row["epoch"] for m in said if isinstance(m, EpochDone)] == [1, 2, 3, 4]
         assert any(isinstance(m, Snapshot) for m in said)
         assert Busy("testing after epoch 4") in said
+        assert Busy("measuring the memory of a step") in said
+        assert read_peak_mib(cell.folder) > 0
     # What is done is not begun again.
     again = Recorder()
     assert run_cells([lls, bp], num_jobs=2, listener=again) == {}
     assert again.begun == []
+    # But for its measurement, where that is missing.
+    (lls.folder / "step.json").unlink()
+    assert run_cells([lls, bp], num_jobs=2, listener=again)[lls] == outcomes[lls]
+    assert again.begun == [lls]
+    assert again.messages[lls] == [Busy("measuring the memory of a step")]
+    assert read_peak_mib(lls.folder) > 0
 
 
-def test_stopped_runs_save_themselves_and_go_on(table: RecipeTable, tmp_path: Path) -> None:
-    lls, bp, *_ = cells_of(dataclasses.replace(table), tmp_path / "cut")
+def test_stopped_runs_save_themselves(table: RecipeTable, tmp_path: Path) -> None:
+    lls, bp, *_ = cells_of(table, tmp_path)
     long = [
         dataclasses.replace(cell, settings=dataclasses.replace(cell.settings, epochs=5000))
         for cell in (lls, bp)
@@ -109,27 +122,15 @@ def test_stopped_runs_save_themselves_and_go_on(table: RecipeTable, tmp_path: Pa
 
     outcomes = run_cells(long, num_jobs=1, listener=listener, should_stop=has_an_epoch)
     assert outcomes == {long[0]: Stopped()}  # and the second was not begun
+    assert listener.was_stopping
     assert long[0].state() is CellState.STARTED
     state = load_checkpoint(long[0].path / "checkpoint.pt")
     assert state["epoch"] >= 1
 
 
-def test_a_process_that_dies_is_a_failure_with_its_log(
-    table: RecipeTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cell = cells_of(table, tmp_path)[0]
-
-    class Killer(Recorder):
-        def on_message(self, cell: Cell, message: Message) -> None:
-            super().on_message(cell, message)
-            if isinstance(message, Started):
-                (child,) = children(os.getpid())
-                os.kill(child, signal.SIGKILL)
-
-    (outcome,) = run_cells([cell], num_jobs=1, listener=Killer()).values()
-    assert isinstance(outcome, Failed)
-    assert outcome.message.startswith("its process ended with signal 9 (SIGKILL); see ")
-    assert "seed-0.log" in outcome.message
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="finds processes by Linux's /proc"
+)
 
 
 def children(parent: int) -> list[int]:
@@ -153,7 +154,25 @@ def is_alive(process: int) -> bool:
         return False
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@needs_proc
+def test_a_process_that_dies_is_a_failure_with_its_log(table: RecipeTable, tmp_path: Path) -> None:
+    cell = cells_of(table, tmp_path)[0]
+    cell = dataclasses.replace(cell, settings=dataclasses.replace(cell.settings, epochs=5000))
+
+    class Killer(Recorder):
+        def on_message(self, cell: Cell, message: Message) -> None:
+            super().on_message(cell, message)
+            if isinstance(message, Started):
+                (child,) = children(os.getpid())
+                os.kill(child, signal.SIGKILL)
+
+    (outcome,) = run_cells([cell], num_jobs=1, listener=Killer()).values()
+    assert isinstance(outcome, Failed)
+    assert outcome.message.startswith("its process ended with signal 9 (SIGKILL); see ")
+    assert "seed-0.log" in outcome.message
+
+
+@needs_proc
 def test_a_killed_table_is_continued_by_the_same_command(table_path: Path, tmp_path: Path) -> None:
     """kill -9 in the middle of a run: no process is left, and the table comes out the same."""
     table_path.write_text(table_path.read_text().replace("epochs = 4", "epochs = 8"))
@@ -169,8 +188,10 @@ def test_a_killed_table_is_continued_by_the_same_command(table_path: Path, tmp_p
     while not cut.metrics_path.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     (worker,) = children(table.pid)
+    os.kill(worker, signal.SIGSTOP)  # so that it can't end before its parent is killed
     table.kill()
     table.wait()
+    os.kill(worker, signal.SIGCONT)
     while is_alive(worker) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not is_alive(worker)
@@ -182,7 +203,7 @@ def test_a_killed_table_is_continued_by_the_same_command(table_path: Path, tmp_p
         assert torch.equal(weight, weights[1][name]), name
     rows = []
     for out in ("whole", "cut"):
-        with open(tmp_path / out / "digits.csv", newline="") as file:
+        with open(tmp_path / out / "digits-rehearsal.csv", newline="") as file:
             (row,) = csv.DictReader(file)
         assert float(row.pop("step_time_ms")) > 0
         rows.append(row)

@@ -31,8 +31,10 @@ def test_every_recipe_with_its_first_seed_comes_first(table: RecipeTable, tmp_pa
     ]
     assert plan.cells[2].path == tmp_path / "digits-lls" / "4-epochs" / "seed-1"
     assert [cell.seed for cell in plan.of(table.recipes[1])] == [0, 1]
-    assert not plan.departures
+    assert [plan.departures(recipe) for recipe in table.recipes] == [(), ()]
     assert rehearsal_lines(plan) == []
+    assert plan.name == "digits"
+    assert make_plan(table, Changes(), tmp_path, seeds=[1, 0]).name == "digits"
 
 
 def test_a_rehearsal_is_another_run_and_says_so(table: RecipeTable, tmp_path: Path) -> None:
@@ -43,10 +45,20 @@ def test_a_rehearsal_is_another_run_and_says_so(table: RecipeTable, tmp_path: Pa
     settings = first.settings
     assert (settings.epochs, settings.precision, settings.seed) == (2, "bf16", 5)
     assert (settings.limit_train, settings.limit_test) == (64, 32)
-    words = ("2 of 4 epochs", "64 training images", "32 testing images", "bf16")
-    assert plan.departures == {"digits-lls": words, "digits-bp": words}
-    assert rehearsal_lines(plan) == ["; ".join([*words, "seed 5 of 2"])]
+    words = ("2 of 4 epochs", "64 train images", "32 test images", "bf16")
+    words = (*words, "seeds 5 instead of 0, 1")
+    assert [plan.departures(recipe) for recipe in table.recipes] == [words, words]
+    assert rehearsal_lines(plan) == ["; ".join(words)]
     assert second.recipe.name == "digits-bp"
+    assert plan.name == "digits-rehearsal"
+
+
+def test_fewer_seeds_and_fewer_rows(table: RecipeTable, tmp_path: Path) -> None:
+    plan = make_plan(table, Changes(), tmp_path, seeds=[1])
+    assert rehearsal_lines(plan) == ["1 of 2 seeds: 1"]
+    part = make_plan(table.only(["digits-bp"]), Changes(), tmp_path)
+    assert rehearsal_lines(part) == []
+    assert part.name == "digits-part"
 
 
 def test_a_departure_of_some_recipes_names_them(tmp_path: Path) -> None:
@@ -62,6 +74,13 @@ def test_a_departure_of_some_recipes_names_them(tmp_path: Path) -> None:
 def test_epochs_scale(scale: float, epochs: int) -> None:
     recipe = read_table("table1").recipes[0]
     assert Changes(epochs_scale=scale).apply(recipe, 0).epochs == epochs
+
+
+@pytest.mark.parametrize("name", ["limit_train", "limit_test"])
+def test_limits_out_of_range(table: RecipeTable, tmp_path: Path, name: str) -> None:
+    for number in (0, -5):
+        with pytest.raises(UserError, match=r"recipe digits-lls: --limit-\w+ must be at least 1"):
+            make_plan(table, Changes(**{name: number}), tmp_path)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1.5, float("nan")])
@@ -81,6 +100,13 @@ def test_a_mapped_dataset(tmp_path: Path) -> None:
     # MNIST has no image files, and so no cache.
     assert (other.dataset, other.data_dir, other.cache) == ("mnist", "there", None)
     assert by_name["smallconv-imagenette-square"].cache == "cache"
+    # Other data, normalised and augmented in its own way, is another experiment.
+    plan = make_plan(table, changes, tmp_path)
+    (cifar10,) = (r for r in table.recipes if r.settings.dataset == "cifar10")
+    assert plan.departures(cifar10) == (
+        "folder for cifar10, normalised and augmented as folder is",
+    )
+    assert plan.of(cifar10)[0].folder.name == "100-epochs-folder"
     # The recipe's own augmentation and epochs stay.
     assert (mapped.augment, mapped.epochs) == ("basic", 100)
     with pytest.raises(UserError, match=r"--dataset-map digits: no recipe .* uses it"):

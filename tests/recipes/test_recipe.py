@@ -10,7 +10,6 @@ import torch
 
 from locallearn.data import InputSpec
 from locallearn.engine.building import build_learner
-from locallearn.engine.config import paper_augmentation, paper_epochs
 from locallearn.errors import UserError
 from locallearn.recipes import Recipe, list_tables, read_table
 
@@ -52,14 +51,29 @@ def test_columns_of_each_table() -> None:
     assert all(r.settings.basis == "square" for r in three if r.settings.rule.startswith("lls"))
 
 
+# The paper's, as the design has them: epochs of each network on each dataset, and what each
+# augmentation is made of.
+EPOCHS = {
+    **{("smallconv", data): 100 for data in ("mnist", "fashion-mnist", "cifar10", "imagenette")},
+    **{("smallconv-l", data): 100 for data in ("mnist", "cifar10", "cifar100")},
+    **{("vgg8", data): 100 for data in ("mnist", "fashion-mnist")},
+    **{("vgg8", data): 300 for data in ("cifar10", "cifar100", "imagenette", "tiny-imagenet")},
+    ("mobilenet-v1", "vww"): 500,
+}
+AUGMENTATIONS = {"smallconv": "basic", "smallconv-l": "basic", "vgg8": "standard"}
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_a_recipe_has_the_papers_settings(recipe: Recipe) -> None:
     settings = recipe.settings.resolve()
     assert recipe.seeds == (0, 1, 2, 3, 4)
-    assert settings.epochs == paper_epochs(settings.model, settings.dataset)
-    assert settings.augment == paper_augmentation(settings.model, settings.dataset)
-    assert settings.batch_size == 128
-    if settings.rule != "pepita":  # its own paper's
+    assert settings.epochs == EPOCHS[settings.model, settings.dataset]
+    assert settings.augment == AUGMENTATIONS.get(settings.model, "standard")
+    assert (settings.batch_size, settings.weight_decay, settings.dropout) == (128, 0, 0)
+    assert (settings.schedule, settings.norm, settings.width) == ("none", "batch", 1)
+    if settings.rule == "pepita":  # its own paper's
+        assert (settings.optimizer, settings.lr) == ("sgd", 0.01)
+    else:
         assert (settings.optimizer, settings.lr) == ("schedulefree-adamw", 5e-3)
 
 
@@ -109,7 +123,9 @@ def test_only() -> None:
     table = read_table("table1")
     kept = table.only(["smallconv-mnist-*", "vgg8-*-random"])
     assert len(kept.recipes) == 3 + 4
+    assert kept.is_part
     assert table.only([]) == table
+    assert not table.is_part
     with pytest.raises(UserError, match=r"unknown recipe of table1 'smallconv-mnsit-square'.*Did"):
         table.only(["smallconv-mnsit-square"])
 
@@ -131,7 +147,17 @@ def test_only() -> None:
         ('rule = "lls"', 'rule = "lls"\nseed = 3', "seed belongs to a run or a machine"),
         ('rule = "lls"', 'rule = "lls"\ndevice = "cpu"', "device belongs to a run or a machine"),
         ('rule = "lls"', 'rule = "bp"\nbasis = "square"', "recipe a: .*basis"),
-        ('rule = "lls"', 'rule = "lls"\nlr = "fast"', "recipe a: a setting has the wrong type"),
+        (
+            'rule = "lls"',
+            'rule = "lls"\nlr = "fast"',
+            "recipe a: lr must be of type float, got 'fast'",
+        ),
+        ('rule = "lls"', "rule = 3", "recipe a: rule must be of type str, got 3"),
+        ('rule = "lls"', 'rule = "lls"\naugment = 3', "augment must be of type str, got 3"),
+        ('rule = "lls"', 'rule = "lls"\nhead_after_pool = "no"', "must be of type bool"),
+        ('rule = "lls"', 'rule = "lls"\nlimit_train = -3', "--limit-train must be at least 1"),
+        ("epochs = 5", "epochs = 5.5", "recipe b: epochs must be of type int, got 5.5"),
+        ("epochs = 5", "epochs = true", "recipe b: epochs must be of type int, got True"),
         ("seeds = [7]", "seeds = 7", "seeds must be a list of different whole numbers, got 7"),
         ("seeds = [7]", "seeds = [7, 7]", "different whole numbers"),
         ("seeds = [7]", "seeds = [-7]", "recipe b: --seed must be between 0"),

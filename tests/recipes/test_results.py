@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import shlex
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from locallearn.analysis import step_cost
+from locallearn.engine import RunDirectory
+from locallearn.errors import UserError
 from locallearn.models import build_model
 from locallearn.recipes import (
     Changes,
@@ -20,12 +23,11 @@ from locallearn.recipes import (
     Spread,
     collect,
     make_plan,
-    measure,
-    to_markdown,
-    unmeasured,
+    remarks,
     write_table,
 )
-from locallearn.recipes.writing import to_csv, to_latex
+from locallearn.recipes.step_memory import measure_peak, read_peak_mib
+from locallearn.recipes.writing import to_csv, to_latex, to_markdown
 from locallearn.rules import build_rule
 
 
@@ -74,6 +76,7 @@ def test_commands_make_the_runs(plan: Plan) -> None:
         "--epochs": "4",
         "--limit-train": "200",
         "--limit-test": "60",
+        "--device": "cpu",
         "--num-threads": "3",
         "--seed": "1",
     }
@@ -84,10 +87,11 @@ def test_nothing_run_yet(table: RecipeTable, tmp_path: Path) -> None:
     rows = collect(plan)
     assert [row.test_acc for row in rows] == [None, None]
     lines = to_markdown(plan, rows).splitlines()
-    row = "| digits | smallconv | lls | square | - | - | 0 | - | - | - | - | - | - |"
-    assert row in lines
-    assert "commands" not in to_markdown(plan, rows)
-    assert next(csv.DictReader(io.StringIO(to_csv(plan, rows))))["test_acc_mean"] == ""
+    nothing = " - |" * 6
+    assert f"| digits-lls | digits | smallconv | lls | square | - | - | 0 of 2 |{nothing}" in lines
+    assert "**Unfinished: 4 of 4 runs have no results.**" in lines
+    assert "Made by" not in to_markdown(plan, rows)
+    assert next(csv.DictReader(io.StringIO(to_csv(rows))))["test_acc_mean"] == ""
     assert to_latex(plan, rows).count(r"\\") == 3
 
 
@@ -95,26 +99,54 @@ def test_markdown(plan: Plan) -> None:
     rows = collect(plan)
     lines = to_markdown(plan, rows).splitlines()
     signal, total = rows[0].cost.learning_signal_macs, rows[0].cost.total_macs
-    (lls,) = (line for line in lines if line.startswith("| digits | smallconv | lls "))
+    (lls,) = (line for line in lines if line.startswith("| digits-lls "))
     cells = [cell.strip() for cell in lls.strip("|").split("|")]
-    assert cells[:7] == [
-        "digits",
-        "smallconv",
-        "lls",
-        "square",
-        "92.00 ± 2.83",
-        "92.50 ± 2.12",
-        "2",
-    ]
-    assert float(cells[7]) == pytest.approx(signal / 1e3, rel=0.01)
-    assert float(cells[8].removesuffix("x")) == pytest.approx(
-        rows[0].bp_signal_macs / signal, rel=0.03
-    )
-    assert float(cells[9]) == pytest.approx(total / 1e6, rel=0.01)
-    assert cells[10:] == ["-", "0", "12.0"]
-    assert "rehearsal" not in "\n".join(lines)
+    assert cells[:5] == ["digits-lls", "digits", "smallconv", "lls", "square"]
+    assert cells[5:8] == ["92.00 ± 2.83", "92.50 ± 2.12", "2"]
+    assert float(cells[8]) == pytest.approx(signal / 1e3, rel=0.01)
+    ratio = rows[0].bp_signal_macs / signal
+    assert float(cells[9].removesuffix("x")) == pytest.approx(ratio, rel=0.03)
+    assert float(cells[10]) == pytest.approx(total / 1e6, rel=0.01)
+    assert cells[11:] == ["-", "0", "12.0"]
+    assert not any("rehearsal" in remark for remark in remarks(plan, rows))
+    assert "**Unfinished: 1 of 4 runs have no results.**" in lines
     assert any(line.startswith("- 3 runs on ") for line in lines)
-    assert "  (seed 0: 90.00 %, 1: 94.00 %)" in lines
+    assert f"    - 94.00 %: `{rows[0].runs[1].command}`" in lines
+
+
+def test_runs_on_unlike_machines_have_no_common_step_time(plan: Plan, put_run: Callable) -> None:
+    lls0, _, lls1, _ = plan.cells
+    slower = dataclasses.replace(lls1.settings, num_threads=1)
+    put_run(dataclasses.replace(lls1, settings=slower), 94.0, step_time_ms=30.0)
+    lls, _ = collect(plan)
+    assert [run.num_threads for run in lls.runs] == [3, 1]
+    assert lls.step_time_ms is None
+    assert "--num-threads 1" in lls.runs[1].command
+    assert lls0.settings.num_threads == 3
+
+
+def test_runs_on_other_data_are_not_averaged(plan: Plan) -> None:
+    path = plan.cells[2].path / "config.json"
+    path.write_text(path.read_text().replace('"fingerprint": "x"', '"fingerprint": "y"'))
+    with pytest.raises(UserError, match=r"seed-1 was trained .* on other data than .*seed-0"):
+        collect(plan)
+
+
+def test_groups_of_blocks_have_no_counted_cost(
+    table: RecipeTable, tmp_path: Path, put_run: Callable
+) -> None:
+    recipe = dataclasses.replace(
+        table.recipes[0],
+        settings=dataclasses.replace(table.recipes[0].settings, group_blocks=2),
+    )
+    grouped = dataclasses.replace(table, recipes=(recipe,))
+    plan = make_plan(grouped, Changes(), tmp_path / "out")
+    put_run(plan.cells[0], 50.0)
+    (row,) = collect(plan)
+    assert row.rule == "lls:group_blocks=2"
+    assert row.cost is None
+    assert row.bp_signal_macs is None
+    assert "| lls:group_blocks=2 |" in to_markdown(plan, [row])
 
 
 def test_a_rehearsal_is_marked_in_every_format(
@@ -123,22 +155,28 @@ def test_a_rehearsal_is_marked_in_every_format(
     plan = make_plan(table, Changes(epochs_scale=0.5), tmp_path / "out", seeds=[0])
     put_run(plan.cells[0], 50.0)
     markdown, text, latex, record = (path.read_text() for path in write_table(plan, collect(plan)))
-    assert "**A rehearsal, not the paper's experiment:** 2 of 4 epochs; seed 0 of 2." in markdown
+    mark = "A rehearsal, not the recipes as they are written: 2 of 4 epochs; 1 of 2 seeds: 0."
+    assert f"**{mark}**" in markdown
     rows = list(csv.DictReader(io.StringIO(text)))
-    assert [row["departure"] for row in rows] == ["2 of 4 epochs"] * 2
+    assert [row["departures"] for row in rows] == ["2 of 4 epochs; 1 of 2 seeds: 0"] * 2
     assert rows[0]["test_acc_mean"] == "50.0"
     assert rows[0]["test_acc_std"] == ""
-    assert r"\textbf{A rehearsal, not the paper's experiment:} 2 of 4 epochs" in latex
-    assert json.loads(record)["departures"]["digits-lls"] == ["2 of 4 epochs"]
+    assert mark in latex
+    assert json.loads(record)["remarks"][0] == mark
+    assert json.loads(record)["rows"][0]["departures"] == ["2 of 4 epochs", "1 of 2 seeds: 0"]
+    # Not where the whole table's would lie.
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.*"))
+    assert names == [f"digits-rehearsal.{suffix}" for suffix in ("csv", "json", "md", "tex")]
 
 
 def test_latex_escapes(plan: Plan) -> None:
     text = to_latex(plan, collect(plan))
-    assert r"\caption{Digits \& 100 \% (nobody, 2026).}" in text
+    assert r"\caption{Digits \& 100 \% (nobody, 2026). Unfinished: 1 of 4 runs" in text
+    assert r"\label{tab:digits}" in text
     assert r"92.00 $\pm$ 2.83" in text
-    assert r"\begin{tabular}{llllrrrrrrrrr}" in text
+    assert r"\begin{tabular}{lllllrrrrrrrrr}" in text
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert {line.count(" & ") for line in rows} == {12}
+    assert {line.count(" & ") for line in rows} == {13}
     assert "% locallearn train --dataset digits" in text
 
 
@@ -153,12 +191,22 @@ def test_record_is_whole(plan: Plan) -> None:
     assert found["rows"][1]["basis"] is None
 
 
-def test_measured_once_for_each_recipe(plan: Plan, one_thread: None) -> None:
-    assert [cell.name for cell in unmeasured(plan)] == ["digits-lls, seed 0", "digits-bp, seed 0"]
-    for cell in unmeasured(plan):
-        measure(cell)
-    assert unmeasured(plan) == []
+def test_the_memory_of_a_step_is_measured_beside_the_runs(plan: Plan, one_thread: None) -> None:
+    for cell in plan.cells[:2]:
+        assert read_peak_mib(cell.folder) is None
+        settings = dataclasses.replace(cell.settings, num_threads=1)
+        config = RunDirectory(cell.path).read_config()
+        measure_peak(cell.folder, dataclasses.replace(config, settings=settings.resolve()))
     lls, bp = collect(plan)
     # BatchNorm's input and output at the first block: 128 images of 8x8 in 32 channels, float32.
     assert bp.peak_activation_mib > 2 * 128 * 64 * 32 * 4 / 2**20
     assert 0 < lls.peak_activation_mib < bp.peak_activation_mib
+    plan.cells[0].folder.joinpath("step.json").write_text("{")
+    assert read_peak_mib(plan.cells[0].folder) is None
+
+
+def test_memory_of_a_device_that_is_not_there(plan: Plan) -> None:
+    config = RunDirectory(plan.cells[0].path).read_config()
+    elsewhere = dataclasses.replace(config.settings, device="mps")
+    with pytest.raises(UserError, match=r"mps|MPS"):
+        measure_peak(plan.cells[0].folder, dataclasses.replace(config, settings=elsewhere))

@@ -212,20 +212,13 @@ def start_lines(config: RunConfig, learner: LocalLearner, path: Path) -> list[st
 
 def _chosen(config: RunConfig) -> str:
     """Options of the rule, and of what its heads read, that are not the defaults."""
-    from locallearn.rules import build_rule
+    from locallearn.engine.config import rule_options
 
-    s = config.settings
-    usual = build_rule(s.rule).options()
-    chosen = {
-        name: value
-        for name, value in s.build_rule().options().items()
-        if value != usual[name] and name not in ("basis", "setting")
-    }
-    if s.group_blocks > 1:
-        chosen["group_blocks"] = s.group_blocks
-    if s.head_after_pool:
-        chosen["head_after_pool"] = "yes"
-    return "".join(f", {name.replace('_', '-')} {value}" for name, value in chosen.items())
+    chosen = rule_options(config.settings)
+    return "".join(
+        f", {name.replace('_', '-')} {'yes' if value is True else value}"
+        for name, value in chosen.items()
+    )
 
 
 def _update(config: RunConfig, learner: LocalLearner) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
 _TABLE, _DATA, _REHEARSAL, _COMPUTE = "Table", "Data", "Rehearsal", "Computation"
 _FAILED = 2
+_MAX_SEEDS = 1000
 
 
 def _option(help: str, panel: str, *names: str, **more: Any) -> Any:
@@ -64,10 +64,10 @@ def reproduce(
         _option("Times the epochs, above 0 and at most 1; 0.05 makes 5 of 100.", _REHEARSAL),
     ] = 1.0,
     limit_train: Annotated[
-        int | None, _option("Train on so many images at most.", _REHEARSAL)
+        int | None, _option("Train on so many images at most.", _REHEARSAL, min=1)
     ] = None,
     limit_test: Annotated[
-        int | None, _option("Test on so many images at most.", _REHEARSAL)
+        int | None, _option("Test on so many images at most.", _REHEARSAL, min=1)
     ] = None,
     precision: Annotated[
         str | None, _option("fp32 or bf16. Default: the recipe's, fp32.", _REHEARSAL)
@@ -84,8 +84,8 @@ def reproduce(
     Markdown, CSV, LaTeX and JSON, whenever a run ends. A table that is shortened (fewer epochs,
     images or seeds) says so wherever it is written.
     """
-    # The profiler, which counts allocations, tells of itself on standard error.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    import torch
+
     from locallearn.cli.signals import noting_signals
     from locallearn.cli.table_view import make_view
     from locallearn.data.disk import only_one
@@ -113,7 +113,7 @@ def reproduce(
         data_dir=dataset_dir,
         cache=cache,
         device=device,
-        num_threads=max(1, (os.cpu_count() or 1) // jobs),
+        num_threads=max(1, torch.get_num_threads() // jobs),
     )
     path = Path(out) if out is not None else Path("runs") / recipes.name
     if path.exists() and not path.is_dir():
@@ -130,8 +130,6 @@ def reproduce(
             outcomes = run_cells(
                 plan.cells, num_jobs=jobs, listener=view, should_stop=lambda: bool(heard)
             )
-            if not heard:
-                view.measure()
         paths = view.write()
     view.print_result()
     print(f"written to {', '.join(str(each) for each in paths)}")
@@ -155,6 +153,8 @@ def _parse_seeds(text: str) -> list[int]:
             raise UserError(f"--seeds {text!r} is no list of seeds such as 0,1,2 or 0-4.") from None
         if high < low or low < 0:
             raise UserError(f"--seeds {text!r}: {part.strip()} is empty; give the smaller first.")
+        if high - low >= _MAX_SEEDS:
+            raise UserError(f"--seeds {text!r}: {part.strip()} is more than {_MAX_SEEDS} seeds.")
         seeds += [seed for seed in range(low, high + 1) if seed not in seeds]
     return seeds
 
@@ -193,4 +193,4 @@ def _print_plan(plan: Plan) -> None:
         print(f"{state.value:8} {cell.path}")
         print(f"         {train_command(cell.settings)}")
     counts = ", ".join(f"{states.count(state)} {state.value}" for state in CellState)
-    print(f"{len(states)} runs: {counts}")
+    print(f"{len(states)} {'run' if len(states) == 1 else 'runs'}: {counts}")

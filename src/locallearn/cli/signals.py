@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests."""
+"""Ctrl-C, SIGTERM and a closed terminal as requests."""
 
 from __future__ import annotations
 
@@ -6,22 +6,34 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 @contextlib.contextmanager
 def noting_signals(note: Callable[[int], None]) -> Iterator[None]:
-    """Within: SIGINT and SIGTERM call ``note`` with their number; a second one acts as ever."""
+    """Within: SIGINT, SIGTERM and SIGHUP call ``note`` with their number; a second acts as ever.
+
+    One that is ignored stays so: SIGHUP under nohup.
+    """
+    numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+    before = {
+        int(number): handler
+        for number in numbers
+        if (handler := signal.getsignal(number)) is not signal.SIG_IGN
+    }
+
+    def restore(number: int) -> None:
+        signal.signal(number, before[number] or signal.SIG_DFL)
 
     def handle(number: int, frame: FrameType | None) -> None:
         note(number)
-        signal.signal(number, before[number])
+        restore(number)
 
-    before: dict[int, Any] = {
-        int(each): signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)
-    }
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in before:
+            restore(number)

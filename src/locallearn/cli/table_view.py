@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from locallearn.engine import RunDirectory, Snapshot
+from locallearn.errors import UserError
 from locallearn.recipes import (
     Busy,
     Cell,
@@ -30,14 +31,16 @@ from locallearn.recipes import (
     Started,
     Stopped,
     collect,
-    measure,
-    unmeasured,
+    rehearsal_lines,
+    remarks,
+    say_runs,
     write_table,
 )
 
 _REFRESH_SECONDS = 0.25
 _FILE_WIDTH = 120  # characters, where there is no terminal to be as wide as
-_MINUTE, _HOUR = 60, 3600
+_MINUTE = 60  # seconds
+_MINUTES_OF_AN_HOUR = 60
 
 
 class CellView:
@@ -117,21 +120,21 @@ class TableView:
         view.is_running = False
         if isinstance(outcome, Finished):
             view.finish(outcome.summary["test_acc"])
-            self.write()
         elif isinstance(outcome, Failed):
             view.error = outcome.message
         self.note(self._end_line(cell, outcome))
+        try:
+            self.write()
+        except (OSError, UserError) as error:  # the runs go on; it is written again at the end
+            self.note(f"the table can't be written: {error}")
+
+    def on_stopping(self) -> None:
+        self.note("stopping: the runs save themselves; a second time ends them at once")
 
     def on_tick(self) -> None:
         pass
 
     # -- for the command ---------------------------------------------------------------------
-
-    def measure(self) -> None:
-        """The memory of a step of each recipe, where it was not measured yet."""
-        for cell in unmeasured(self.plan):
-            self.note(f"{cell.recipe.name}: measuring the memory of a step")
-            measure(cell)
 
     def write(self) -> list[Path]:
         """The result as it is now."""
@@ -142,7 +145,10 @@ class TableView:
         console = Console(file=sys.stdout, highlight=False)
         if not console.is_terminal:
             console.width = _FILE_WIDTH
-        console.print(_result_table(self.plan, collect(self.plan)))
+        rows = collect(self.plan)
+        for remark in remarks(self.plan, rows):
+            console.print(remark, markup=False, soft_wrap=True)
+        console.print(_result_table(self.plan, rows))
 
     def note(self, line: str) -> None:
         print(line, flush=True)
@@ -152,12 +158,13 @@ class TableView:
         everything = [s for each in self._seconds_per_epoch.values() for s in each]
         if not everything:
             return None
-        total = 0.0
+        total, num_open = 0.0, 0
         for cell, view in self.cells.items():
-            if view.error is None:
+            if view.error is None and view.epochs_done < view.num_epochs:
                 own = self._seconds_per_epoch.get(_kind(cell)) or everything
                 total += (view.num_epochs - view.epochs_done) * sum(own) / len(own)
-        return total / self.num_jobs
+                num_open += 1
+        return total / max(1, min(self.num_jobs, num_open))
 
     def summary_line(self) -> str:
         """How much is done, for how long, and how long it will take."""
@@ -212,7 +219,7 @@ class TerminalTableView(TableView):
             for cell, view in running
         ]
         # Where the terminal is too low for all rows, those around the first running one.
-        room = self.console.height - len(lines) - 6
+        room = self.console.height - len(lines) - len(rehearsal_lines(self.plan)) - 6
         names = [recipe.name for recipe in self.plan.table.recipes]
         first = 0
         if len(names) > room > 0:
@@ -232,15 +239,20 @@ class TerminalTableView(TableView):
             values = [value for value in found if value is not None]
             mean = str(Spread.of(values)) if values else ""
             table.add_row(recipe.name, *texts, *[""] * (num_seeds - len(texts)), mean)
+        marks = [Text(f"rehearsal: {line}", style="dim") for line in rehearsal_lines(self.plan)]
         hidden = len(names) - len(shown)
         more = [Text(f"and {hidden} more", style="dim")] if hidden else []
-        return Group(table, *more, Text(""), *lines, Text(self.summary_line(), style="bold"))
+        return Group(
+            *marks, table, *more, Text(""), *lines, Text(self.summary_line(), style="bold")
+        )
 
 
 @contextmanager
 def make_view(plan: Plan, num_jobs: int) -> Iterator[TableView]:
     """The view that fits where standard output goes."""
     if not Console(file=sys.stdout).is_terminal:
+        for line in rehearsal_lines(plan):
+            print(f"rehearsal: {line}", flush=True)
         yield TableView(plan, num_jobs)
         return
     view = TerminalTableView(plan, num_jobs)
@@ -255,10 +267,11 @@ def say_seconds(seconds: float) -> str:
     """A duration for people: "40 s", "12 min", "3 h 05 min"."""
     if seconds < 2 * _MINUTE:
         return f"{seconds:.0f} s"
-    if seconds < 2 * _HOUR:
-        return f"{seconds / _MINUTE:.0f} min"
-    hours, rest = divmod(seconds, _HOUR)
-    return f"{hours:.0f} h {rest / _MINUTE:02.0f} min"
+    minutes = round(seconds / _MINUTE)
+    if minutes < 2 * _MINUTES_OF_AN_HOUR:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, _MINUTES_OF_AN_HOUR)
+    return f"{hours} h {rest:02} min"
 
 
 def _kind(cell: Cell) -> str:
@@ -276,18 +289,19 @@ def _result_table(plan: Plan, rows: list[RowResult]) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        if row.test_acc is None or row.best_test_acc is None or row.cost is None:
-            table.add_row(row.recipe.name, *["-"] * len(headings))
-            continue
-        peak = row.peak_activation_mib
+        cost = row.cost
         table.add_row(
             row.recipe.name,
-            str(row.test_acc),
-            str(row.best_test_acc),
-            str(len(row.runs)),
-            f"{row.cost.learning_signal_macs / 1e3:,.1f}",
-            f"{row.cost.total_macs / 1e6:,.1f}",
-            "-" if peak is None else f"{peak:,.1f}",
-            f"{row.step_time_ms:,.1f}",
+            "-" if row.test_acc is None else str(row.test_acc),
+            "-" if row.best_test_acc is None else str(row.best_test_acc),
+            say_runs(row),
+            _number(None if cost is None else cost.learning_signal_macs / 1e3),
+            _number(None if cost is None else cost.total_macs / 1e6),
+            _number(row.peak_activation_mib),
+            _number(row.step_time_ms),
         )
     return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"

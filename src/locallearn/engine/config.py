@@ -22,6 +22,7 @@ from locallearn.rules import Backprop, Rule, build_rule
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _MAX_THREADS = 1024
 _NAMED = ("dataset", "model", "rule")
+_OF_THE_HEADS = ("group_blocks", "head_after_pool")
 
 # Options of rules that have flags of their own on the command line.
 _RULE_OPTIONS = (
@@ -109,7 +110,8 @@ class TrainConfig:
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
         smallest = 2 if self.norm == "batch" else 1
-        lowest = {"epochs": 1, "batch_size": smallest, "test_batch_size": 1, "group_blocks": 1}
+        lowest = dict.fromkeys(("epochs", "test_batch_size", "group_blocks"), 1)
+        lowest |= {"batch_size": smallest, "limit_train": 1, "limit_test": 1}
         for name, low in lowest.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -228,6 +230,18 @@ def chosen_settings(settings: TrainConfig) -> dict[str, Any]:
     usual["lr"] = usual_optimizer(plain.build_rule(), settings.optimizer)[1]
     given = settings.to_json().items()
     return {name: value for name, value in given if value is not None and value != usual[name]}
+
+
+def rule_options(settings: TrainConfig) -> dict[str, Any]:
+    """Options of the rule, and of what its heads read, that are not the defaults; no basis."""
+    rule = settings.build_rule()
+    usual = build_rule(rule.name).options() | {"group_blocks": 1, "head_after_pool": False}
+    ours = rule.options() | {name: getattr(settings, name) for name in _OF_THE_HEADS}
+    return {
+        name: value
+        for name, value in ours.items()
+        if value != usual[name] and name not in ("basis", "setting")
+    }
 
 
 def train_command(settings: TrainConfig) -> str:

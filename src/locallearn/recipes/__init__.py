@@ -1,9 +1,7 @@
-"""The paper's tables as data (`table1.toml` and so on), and what runs them.
+"""The paper's tables as data (`table1.toml` and so on), and what plans, runs and writes them."""
 
-Knows the engine; prints nothing.
-"""
-
-from locallearn.recipes.jobs import (
+from locallearn.recipes.jobs import TableListener, run_cells
+from locallearn.recipes.messages import (
     Busy,
     EpochDone,
     Failed,
@@ -13,9 +11,6 @@ from locallearn.recipes.jobs import (
     Outcome,
     Started,
     Stopped,
-    TableListener,
-    log_path,
-    run_cells,
 )
 from locallearn.recipes.plan import (
     Cell,
@@ -26,8 +21,8 @@ from locallearn.recipes.plan import (
     make_plan,
 )
 from locallearn.recipes.recipe import Recipe, RecipeTable, list_tables, read_table
-from locallearn.recipes.results import RowResult, Spread, collect, measure, unmeasured
-from locallearn.recipes.writing import rehearsal_lines, to_markdown, write_table
+from locallearn.recipes.results import RowResult, Spread, collect
+from locallearn.recipes.writing import rehearsal_lines, remarks, say_runs, write_table
 
 __all__ = [
     "Busy",
@@ -51,13 +46,11 @@ __all__ = [
     "TableListener",
     "collect",
     "list_tables",
-    "log_path",
     "make_plan",
-    "measure",
     "read_table",
     "rehearsal_lines",
+    "remarks",
     "run_cells",
-    "to_markdown",
-    "unmeasured",
+    "say_runs",
     "write_table",
 ]

@@ -1,97 +1,31 @@
 """Runs of a table, several at a time, each in a process of its own.
 
-What a run tells (its progress, its epochs, its end) comes to the caller through a pipe; what it
-prints goes to a log beside its directory. A run is stopped by SIGTERM and then saves itself; where
-its parent was killed, it ends at once, and the same plan resumes it from its last checkpoint.
+What a run tells (its progress, its epochs, its end) comes through a pipe; what it prints goes to a
+log beside its directory. A run is stopped by SIGTERM and then saves itself; where its parent was
+killed, it ends at once, and the same plan resumes it from its last checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-import os
 import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from locallearn.data import SilentListener, Work
-from locallearn.engine import (
-    Interrupted,
-    LocalLearner,
-    Row,
-    RunConfig,
-    RunDirectory,
-    Snapshot,
-    TrainConfig,
-    Trainer,
-)
-from locallearn.engine.allocator import keep_freed_memory
-from locallearn.errors import UserError
+from locallearn.recipes.messages import Failed, Finished, Message, Outcome, Started, Stopped
 from locallearn.recipes.plan import Cell, CellState
+from locallearn.recipes.step_memory import read_peak_mib
+from locallearn.recipes.worker import OF_THE_TERMINAL, log_path, work
 
-# Between snapshots of a run's progress.
-_PROGRESS_SECONDS = 0.5
 _POLL_SECONDS = 0.2
-_EXIT_CODE_OF_AN_ORPHAN = 3
-
-
-@dataclass(frozen=True)
-class Started:
-    """It trains: so many epochs are behind it, of so many."""
-
-    epoch: int
-    num_epochs: int
-
-
-@dataclass(frozen=True)
-class Busy:
-    """Before it trains, or between: reading data, testing."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Noted:
-    """What the user should know."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class EpochDone:
-    """An epoch's row of metrics.csv."""
-
-    row: Row
-    num_epochs: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    """All its results are there."""
-
-    summary: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """On request; all is saved, or nothing was there to save."""
-
-
-@dataclass(frozen=True)
-class Failed:
-    """message: in one line."""
-
-    message: str
-
-
-Message = Started | Busy | Noted | Snapshot | EpochDone | Finished | Stopped | Failed
-Outcome = Finished | Stopped | Failed
+# For a run to save itself where the caller's own failure ends it: a step, and its checkpoint.
+_SAVING_SECONDS = 60
+# For a process to end that has told its last.
+_ENDING_SECONDS = 30
 
 
 class TableListener(Protocol):
@@ -104,6 +38,10 @@ class TableListener(Protocol):
         ...
 
     def on_end(self, cell: Cell, outcome: Outcome) -> None: ...
+
+    def on_stopping(self) -> None:
+        """The runs that go on are told to save themselves."""
+        ...
 
     def on_tick(self) -> None:
         """A few times a second."""
@@ -119,7 +57,8 @@ def run_cells(
 ) -> dict[Cell, Outcome]:
     """Run what is not done yet, in order, ``num_jobs`` at a time.
 
-    A run that fails does not keep the others from being run.
+    A run that fails does not keep the others from being run. A finished run is begun once more
+    where its recipe's step was not measured yet, and only for that.
 
     Arguments:
         cells: of a plan.
@@ -134,11 +73,11 @@ def run_cells(
     Raises:
         UserError: a directory that holds a run with other settings; nothing is begun then.
     """
-    waiting = [cell for cell in cells if cell.state() is not CellState.DONE]
+    waiting = _to_run(cells)
     jobs: dict[Connection, _Job] = {}
     outcomes: dict[Cell, Outcome] = {}
     is_stopping = False
-    try:
+    with _ending(jobs):
         while jobs or (waiting and not is_stopping):
             while len(jobs) < num_jobs and not is_stopping:
                 cell = _next(waiting, jobs.values())
@@ -162,20 +101,47 @@ def run_cells(
                 is_stopping = True
                 for job in jobs.values():
                     job.process.terminate()
-    finally:
-        for job in jobs.values():  # only where something was raised above
-            job.process.kill()
+                listener.on_stopping()
     return outcomes
+
+
+def _to_run(cells: Sequence[Cell]) -> list[Cell]:
+    """Those that are not done, and of recipes without a measured step one that is."""
+    chosen, measured = [], set()
+    for cell in cells:
+        if cell.state() is not CellState.DONE:
+            chosen.append(cell)
+        elif cell.folder not in measured and read_peak_mib(cell.folder) is None:
+            measured.add(cell.folder)
+            chosen.append(cell)
+    return chosen
 
 
 def _next(waiting: Iterable[Cell], jobs: Iterable[_Job]) -> Cell | None:
     """The first whose data no other run is just downloading, unpacking or decoding."""
-    busy = {job.data for job in jobs if job.is_loading}
+    busy = {_data(job.cell) for job in jobs if job.is_loading}
     return next((cell for cell in waiting if _data(cell) not in busy), None)
 
 
 def _data(cell: Cell) -> tuple[str, str | None]:
     return cell.settings.dataset, cell.settings.data_dir
+
+
+@contextlib.contextmanager
+def _ending(jobs: dict[Connection, _Job]) -> Iterator[None]:
+    """Within: what is raised ends the runs that go on: they save themselves, but for Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for job in jobs.values():
+            job.process.kill()
+        raise
+    except BaseException:
+        for job in jobs.values():
+            job.process.terminate()
+        for job in jobs.values():
+            job.end(_SAVING_SECONDS)
+        raise
 
 
 @dataclass
@@ -187,19 +153,16 @@ class _Job:
     connection: Connection
     is_loading: bool = True
 
-    @property
-    def data(self) -> tuple[str, str | None]:
-        return _data(self.cell)
-
     @classmethod
     def begin(cls, cell: Cell) -> _Job:
-        cell.path.parent.mkdir(parents=True, exist_ok=True)
+        cell.folder.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=_work, args=(cell.settings, cell.path, theirs), name=cell.name
+            target=work, args=(cell.settings, cell.path, theirs), name=cell.name
         )
-        process.start()
+        with _held_back(OF_THE_TERMINAL):
+            process.start()
         theirs.close()
         return cls(cell, process, ours)
 
@@ -208,115 +171,44 @@ class _Job:
         try:
             message: Message = self.connection.recv()
         except (EOFError, OSError):
-            self.process.join()
+            self.end(_ENDING_SECONDS)
             code = self.process.exitcode
             if code == -signal.SIGTERM:
                 return Stopped()  # before it trained
-            return Failed(f"its process ended with {_say_code(code)}; see {log_path(self.cell)}.")
+            return Failed(
+                f"its process ended with {_say_code(code)}; see {log_path(self.cell.path)}."
+            )
         if isinstance(message, Finished | Stopped | Failed):
-            self.process.join()
-            self.connection.close()
+            self.end(_ENDING_SECONDS)
             return message
         if isinstance(message, Started):
             self.is_loading = False
         listener.on_message(self.cell, message)
         return None
 
+    def end(self, seconds: float) -> None:
+        """Wait for the process to end, and kill it where it does not."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.connection.close()
+
+
+@contextlib.contextmanager
+def _held_back(numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """Within: signals wait. A process begun here does not get them either, until it asks."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 
 def _say_code(code: int | None) -> str:
     if code is not None and code < 0:
         return f"signal {-code} ({signal.Signals(-code).name})"
     return f"exit code {code}"
-
-
-def log_path(cell: Cell) -> Path:
-    """What the run's process printed."""
-    return _log_path(cell.path)
-
-
-def _log_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.log")
-
-
-# -- in the run's process -----------------------------------------------------------------------
-
-
-def _work(settings: TrainConfig, path: Path, connection: Connection) -> None:
-    """Start or resume one run, and tell of it."""
-    # Ctrl-C reaches every process of the terminal; the parent hears it, and sends SIGTERM.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with open(_log_path(path), "ab") as log:
-        for stream in (1, 2):
-            os.dup2(log.fileno(), stream)
-    keep_freed_memory()
-    message: Message
-    try:
-        message = _train(settings, path, _Teller(connection))
-    except Interrupted:
-        message = Stopped()
-    except UserError as error:
-        message = Failed(str(error))
-    except OSError as error:
-        message = Failed(f"{error.filename or path}: {error.strerror or error}.")
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        connection.send(Failed(f"{type(error).__name__}: {error} (see {_log_path(path)})."))
-        raise
-    connection.send(message)
-
-
-def _train(settings: TrainConfig, path: Path, teller: _Teller) -> Message:
-    run = RunDirectory(path)
-    if run.config_path.exists():
-        places = {"data_dir": settings.data_dir, "cache": settings.cache}
-        given = {name: place for name, place in places.items() if place is not None}
-        trainer = Trainer.resume(path, teller, given)
-    else:
-        trainer = Trainer.start(settings, path, teller)
-    teller.tell(Started(trainer.epoch, trainer.num_epochs))
-    signal.signal(signal.SIGTERM, lambda number, frame: trainer.request_stop(number))
-    return Finished(trainer.fit())
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(_EXIT_CODE_OF_AN_ORPHAN)
-
-
-class _Teller(SilentListener):
-    """A training loop's observer that passes on what it is told."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._last = 0.0
-
-    def tell(self, message: Message) -> None:
-        self._connection.send(message)
-
-    def on_work(self, work: Work) -> None:
-        self.tell(Busy(f"{work.verb} {work.what}"))
-
-    def on_start(self, config: RunConfig, learner: LocalLearner, run: RunDirectory) -> None:
-        pass
-
-    def on_note(self, text: str) -> None:
-        self.tell(Noted(text))
-
-    def wants_progress(self) -> bool:
-        now = time.monotonic()
-        if now - self._last < _PROGRESS_SECONDS:
-            return False
-        self._last = now
-        return True
-
-    def on_progress(self, snapshot: Snapshot) -> None:
-        self.tell(snapshot)
-
-    def on_evaluation(self, epoch: int) -> None:
-        self.tell(Busy(f"testing after epoch {epoch}"))
-
-    def on_epoch(self, row: Row, num_epochs: int) -> None:
-        self.tell(EpochDone(row, num_epochs))

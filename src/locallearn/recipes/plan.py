@@ -28,17 +28,20 @@ class DatasetPlace:
 
 @dataclass(frozen=True)
 class Changes:
-    """What a user changes in every recipe. The first four make another experiment of it.
+    """What a user changes in every recipe. The first five make another experiment of it.
 
     Arguments:
         epochs_scale: times the epochs; at least one is left.
         precision: None for the recipe's.
-        limit_train, limit_test: images at most.
+        limit_train, limit_test: images at most; None for the recipe's.
         dataset_map: recipe's dataset -> what stands in for it, such as a folder of its images.
         data_dir: of the datasets that are not mapped.
         cache: directory of decoded images, for the datasets that can have one.
         device: as `locallearn train`'s.
         num_threads: CPU threads of each run.
+
+    Raises:
+        UserError: a number out of range.
     """
 
     epochs_scale: float = 1.0
@@ -62,15 +65,18 @@ class Changes:
         settings = recipe.settings
         place = self.dataset_map.get(settings.dataset)
         dataset = place.dataset if place else settings.dataset
+        shortened = {
+            name: value
+            for name in ("precision", "limit_train", "limit_test")
+            if (value := getattr(self, name)) is not None
+        }
         return dataclasses.replace(
             settings,
+            **shortened,
             dataset=dataset,
             data_dir=place.data_dir if place and place.data_dir else self.data_dir,
             cache=self.cache if dataset_spec(dataset).can_cache else None,
             epochs=max(1, round(self.epochs_scale * recipe.num_epochs)),
-            precision=self.precision or settings.precision,
-            limit_train=self.limit_train or settings.limit_train,
-            limit_test=self.limit_test or settings.limit_test,
             device=self.device,
             num_threads=self.num_threads,
             seed=seed,
@@ -79,11 +85,11 @@ class Changes:
 
 @dataclass(frozen=True)
 class Departure:
-    """How the runs of a recipe depart from it: shorter, on fewer images, in another precision.
+    """How a run departs from its recipe: shorter, on other or fewer images, in another precision.
 
     Attributes:
         words: a phrase for each, for people; empty for a run as the recipe has it.
-        folder: the same as a directory's name.
+        folder: the same as a directory's name, the epochs always among it.
     """
 
     words: tuple[str, ...]
@@ -91,18 +97,24 @@ class Departure:
 
     @classmethod
     def of(cls, recipe: Recipe, settings: TrainConfig) -> Departure:
-        words, parts = [], []
+        words, parts = [], [f"{settings.epochs}-epochs"]
         if settings.epochs != recipe.num_epochs:
             words.append(f"{settings.epochs} of {recipe.num_epochs} epochs")
+        if settings.dataset != recipe.settings.dataset:
+            words.append(
+                f"{settings.dataset} for {recipe.settings.dataset}, normalised and augmented as "
+                f"{settings.dataset} is"
+            )
+            parts.append(settings.dataset)
         for name, what in (("limit_train", "train"), ("limit_test", "test")):
             number = getattr(settings, name)
             if number != getattr(recipe.settings, name):
-                words.append(f"{number:,} {what}ing images")
+                words.append(f"{number:,} {what} images")
                 parts.append(f"{number}-{what}")
         if settings.precision != recipe.settings.precision:
             words.append(settings.precision)
             parts.append(settings.precision)
-        return cls(tuple(words), "-".join([f"{settings.epochs}-epochs", *parts]))
+        return cls(tuple(words), "-".join(parts))
 
 
 class CellState(enum.Enum):
@@ -136,8 +148,9 @@ class Cell:
         return f"{self.recipe.name}, seed {self.seed}"
 
     @property
-    def departure(self) -> Departure:
-        return Departure.of(self.recipe, self.settings)
+    def folder(self) -> Path:
+        """Of all runs of its recipe that depart from it alike."""
+        return self.path.parent
 
     def state(self) -> CellState:
         """What lies in its directory.
@@ -183,11 +196,24 @@ class Plan:
         """A recipe's runs, by seed."""
         return [cell for cell in self.cells if cell.recipe is recipe]
 
+    def departures(self, recipe: Recipe) -> tuple[str, ...]:
+        """How its runs depart from a recipe, a phrase each; empty where they do not."""
+        cells = self.of(recipe)
+        words = Departure.of(recipe, cells[0].settings).words
+        seeds, own = {cell.seed for cell in cells}, set(recipe.seeds)
+        if seeds == own:
+            return words
+        listed = ", ".join(str(cell.seed) for cell in cells)
+        if seeds < own:
+            return (*words, f"{len(seeds)} of {len(own)} seeds: {listed}")
+        return (*words, f"seeds {listed} instead of {', '.join(map(str, recipe.seeds))}")
+
     @property
-    def departures(self) -> dict[str, tuple[str, ...]]:
-        """Recipe -> how its runs depart from it, where they do."""
-        words = {cell.recipe.name: cell.departure.words for cell in self.cells}
-        return {name: each for name, each in words.items() if each}
+    def name(self) -> str:
+        """Of the files of its result: only the whole table, as it is written, has the table's."""
+        if any(self.departures(recipe) for recipe in self.table.recipes):
+            return f"{self.table.name}-rehearsal"
+        return f"{self.table.name}-part" if self.table.is_part else self.table.name
 
 
 def make_plan(

@@ -23,6 +23,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import tomllib
+import types
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -48,7 +50,8 @@ _NOT_OF_A_RECIPE = frozenset(
         "test_batch_size",
     }
 )
-_SETTINGS = frozenset(field.name for field in dataclasses.fields(TrainConfig)) - _NOT_OF_A_RECIPE
+_TYPES = typing.get_type_hints(TrainConfig)
+_SETTINGS = frozenset(_TYPES) - _NOT_OF_A_RECIPE
 _NEEDED = ("name", "dataset", "model", "rule", "epochs", "seeds")
 
 
@@ -75,12 +78,24 @@ class Recipe:
 
 @dataclass(frozen=True)
 class RecipeTable:
-    """What a TOML file holds. ``name`` is the file's, without its suffix."""
+    """What a TOML file holds, or a part of it.
+
+    Arguments:
+        name: of the file, without its suffix.
+        title, source: for people.
+        recipes: the rows.
+        num_in_file: rows of the whole table.
+    """
 
     name: str
     title: str
     source: str
     recipes: tuple[Recipe, ...]
+    num_in_file: int
+
+    @property
+    def is_part(self) -> bool:
+        return len(self.recipes) < self.num_in_file
 
     def only(self, patterns: Iterable[str]) -> RecipeTable:
         """The recipes whose name matches one of the globs; all where there is none.
@@ -144,7 +159,7 @@ def _parse(content: dict[str, Any], path: Path) -> RecipeTable:
     title, source = content.get("title", path.stem), content.get("source", "")
     if not isinstance(title, str) or not isinstance(source, str):
         raise UserError(f"{path}: title and source must be text.")
-    return RecipeTable(path.stem, title, source, tuple(recipes))
+    return RecipeTable(path.stem, title, source, tuple(recipes), len(recipes))
 
 
 def _recipe(row: dict[str, Any], path: Path, number: int) -> Recipe:
@@ -162,6 +177,9 @@ def _recipe(row: dict[str, Any], path: Path, number: int) -> Recipe:
             raise UserError(f"{where}: {key} belongs to a run or a machine, not to a recipe.")
         if key not in _SETTINGS:
             raise UserError(f"{where}: {unknown_name('setting', key, _SETTINGS)}")
+        if not _fits(row[key], _TYPES[key]):
+            kind = " or ".join(sorted(each.__name__ for each in _kinds(_TYPES[key])))
+            raise UserError(f"{where}: {key} must be of type {kind}, got {row[key]!r}.")
     is_list = isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)
     if not is_list or len(set(seeds)) < len(seeds):
         raise UserError(f"{where}: seeds must be a list of different whole numbers, got {seeds}.")
@@ -171,6 +189,14 @@ def _recipe(row: dict[str, Any], path: Path, number: int) -> Recipe:
             dataclasses.replace(settings, seed=seed, device="cpu", backend="autograd").resolve()
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    except TypeError as error:
-        raise UserError(f"{where}: a setting has the wrong type ({error}).") from error
     return Recipe(name, settings, tuple(seeds))
+
+
+def _kinds(annotation: Any) -> set[type]:
+    """What a value of a setting may be, None apart, which TOML does not have."""
+    return set(typing.get_args(annotation) or [annotation]) - {types.NoneType}
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    kinds = _kinds(annotation)
+    return type(value) in kinds or (type(value) is int and float in kinds)

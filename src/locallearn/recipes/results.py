@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from locallearn.analysis import Cost, step_cost
 from locallearn.engine import RunConfig, RunDirectory
-from locallearn.engine.building import build_learner, build_network
-from locallearn.engine.config import train_command
-from locallearn.engine.environment import describe_environment
-from locallearn.engine.files import write_json
-from locallearn.engine.graphs import NUM_WARM_UP_STEPS
-from locallearn.engine.measuring import peak_memory_bytes
+from locallearn.engine.building import build_network
+from locallearn.engine.config import rule_options, train_command
+from locallearn.errors import UserError
 from locallearn.recipes.plan import Cell, CellState, Plan
 from locallearn.recipes.recipe import Recipe
+from locallearn.recipes.step_memory import read_peak_mib
 from locallearn.rules import build_rule
-
-_STEP_FILE = "step.json"
 
 
 @dataclass(frozen=True)
@@ -51,8 +45,15 @@ class RunResult:
     best_test_acc: float
     test_acc_per_epoch: list[float]
     step_time_ms: float
+    backend: str
+    num_threads: int
     command: str
     environment: dict[str, Any]
+
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """Step times are of one kind only where this is the same."""
+        return self.environment["device_name"], self.backend, self.num_threads
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,23 @@ class RowResult:
 
     Arguments:
         recipe: which.
+        departures: how its runs depart from it, a phrase each.
         dataset: the recipe's, and what stood in for it.
         rule: with those of its options that are not the defaults.
+        basis: of the rule; None where it has none.
+        num_planned: runs that the row is to have.
         runs: those with results, by seed; may be empty, and the fields below are then None.
-        cost: of a training step, counted.
+        cost: of a training step, counted; None where it can't be.
         bp_signal_macs: of backpropagation's learning signal in the same network, for each sample.
         peak_activation_mib: of a step, measured; None where it was not.
     """
 
     recipe: Recipe
+    departures: tuple[str, ...]
     dataset: str
     rule: str
+    basis: str | None
+    num_planned: int
     runs: tuple[RunResult, ...]
     cost: Cost | None = None
     bp_signal_macs: int | None = None
@@ -89,65 +96,88 @@ class RowResult:
 
     @property
     def step_time_ms(self) -> float | None:
-        """Median over the runs, of each its median over epochs."""
-        return statistics.median(run.step_time_ms for run in self.runs) if self.runs else None
+        """Median over the runs, of each its median over epochs; None where they ran on unlike
+        devices, backends or numbers of threads."""
+        if len({run.place for run in self.runs}) != 1:
+            return None
+        return statistics.median(run.step_time_ms for run in self.runs)
 
 
 def collect(plan: Plan) -> list[RowResult]:
-    """The rows of a table, from what lies in its directories now."""
+    """The rows of a table, from what lies in its directories now.
+
+    Raises:
+        UserError: runs of a recipe that saw different data, or with other settings than planned.
+    """
     return [_row(plan, recipe) for recipe in plan.table.recipes]
 
 
 def _row(plan: Plan, recipe: Recipe) -> RowResult:
     cells = plan.of(recipe)
     done = [cell for cell in cells if cell.state() is CellState.DONE]
-    place = plan.changes.dataset_map.get(recipe.settings.dataset)
-    dataset = recipe.settings.dataset + (f" ({place.dataset})" if place else "")
-    rule = _rule_label(recipe)
+    configs = [RunDirectory(cell.path).read_config() for cell in done]
+    _check_same_data(done, configs)
+    settings = recipe.settings
+    place = plan.changes.dataset_map.get(settings.dataset)
+    basis = settings.build_rule().options().get("basis")
+    row = RowResult(
+        recipe=recipe,
+        departures=plan.departures(recipe),
+        dataset=settings.dataset + (f" ({place.dataset})" if place else ""),
+        rule=":".join([settings.rule, *(f"{k}={v}" for k, v in rule_options(settings).items())]),
+        basis=None if basis is None else str(basis),
+        num_planned=len(cells),
+        runs=tuple(_run(*pair) for pair in zip(done, configs, strict=True)),
+    )
     if not done:
-        return RowResult(recipe, dataset, rule, ())
-    config = RunDirectory(done[0].path).read_config()
-    cost, bp_signal_macs = _costs(config)
-    return RowResult(
-        recipe,
-        dataset,
-        rule,
-        tuple(sorted((_run(cell) for cell in done), key=lambda run: run.seed)),
-        cost,
-        bp_signal_macs,
-        _read_peak_mib(done[0]),
+        return row
+    cost, bp_signal_macs = _costs(configs[0])
+    return dataclasses.replace(
+        row,
+        cost=cost,
+        bp_signal_macs=bp_signal_macs,
+        peak_activation_mib=read_peak_mib(done[0].folder),
     )
 
 
-def _run(cell: Cell) -> RunResult:
-    run = RunDirectory(cell.path)
-    config, summary = run.read_config(), run.read_summary()
+def _check_same_data(cells: Sequence[Cell], configs: Sequence[RunConfig]) -> None:
+    for cell, config in zip(cells, configs, strict=True):
+        if config.data["fingerprint"] != configs[0].data["fingerprint"]:
+            raise UserError(
+                f"{cell.path} was trained or tested on other data than {cells[0].path}. Choose "
+                f"another --out, or remove one of them."
+            )
+
+
+def _run(cell: Cell, config: RunConfig) -> RunResult:
+    summary = RunDirectory(cell.path).read_summary()
     assert summary is not None
-    # The data's place as it was given, for a command that fits other machines too.
-    settings = dataclasses.replace(cell.settings, num_threads=config.settings.num_threads)
+    # The data's place as it was given, for a command that fits other machines too; a cache changes
+    # nothing that is computed.
+    given = cell.settings.data_dir
+    is_there = given is not None and cell.settings.resolve().data_dir == config.settings.data_dir
+    settings = dataclasses.replace(
+        config.settings, data_dir=given if is_there else config.settings.data_dir, cache=None
+    )
+    assert settings.num_threads is not None
     return RunResult(
         seed=cell.seed,
         test_acc=summary["test_acc"],
         best_test_acc=summary["best_test_acc"],
         test_acc_per_epoch=summary["test_acc_per_epoch"],
         step_time_ms=summary["step_time_ms_median"],
+        backend=settings.backend,
+        num_threads=settings.num_threads,
         command=train_command(settings),
         environment=config.environment,
     )
 
 
-def _rule_label(recipe: Recipe) -> str:
-    rule = recipe.settings.build_rule()
-    usual = build_rule(rule.name).options()
-    options = [
-        f"{name}={value}"
-        for name, value in rule.options().items()
-        if value != usual[name] and name not in ("basis", "setting")
-    ]
-    return ":".join([rule.name, *options])
-
-
-def _costs(config: RunConfig) -> tuple[Cost, int]:
+def _costs(config: RunConfig) -> tuple[Cost | None, int | None]:
+    """Of a run's step, and of backpropagation's learning signal; groups of blocks, and heads after
+    the pool, are not counted."""
+    if config.settings.group_blocks > 1 or config.settings.head_after_pool:
+        return None, None
     settings, num_classes = config.settings, len(config.class_names)
     shape = (config.inputs.num_channels, *config.inputs.image_size)
     with torch.device("meta"):
@@ -163,76 +193,3 @@ def _costs(config: RunConfig) -> tuple[Cost, int]:
         for rule in (settings.build_rule(), build_rule("bp"))
     )
     return ours, backprop.learning_signal_macs
-
-
-# -- peak memory, measured ----------------------------------------------------------------------
-
-
-def unmeasured(plan: Plan) -> list[Cell]:
-    """A finished run of each recipe whose step's memory was not measured yet."""
-    found = []
-    for recipe in plan.table.recipes:
-        done = [cell for cell in plan.of(recipe) if cell.state() is CellState.DONE]
-        if done and _read_peak_mib(done[0]) is None:
-            found.append(done[0])
-    return found
-
-
-def measure(cell: Cell) -> None:
-    """Measure what a step of such a run holds at most, on noise; write it beside the runs."""
-    config = RunDirectory(cell.path).read_config()
-    settings, inputs = config.settings, config.inputs
-    device = torch.device(settings.device)
-    torch.manual_seed(settings.seed)
-    learner = build_learner(
-        settings, inputs, len(config.class_names), device=device, compile=settings.compile
-    )
-    images = torch.randn(settings.batch_size, inputs.num_channels, *inputs.image_size)
-    labels = torch.arange(settings.batch_size) % len(config.class_names)
-    images, labels = images.to(device), labels.to(device)
-    for _ in range(NUM_WARM_UP_STEPS):  # allocate the optimizer's state, and compile
-        learner.step(images, labels)
-    peak = peak_memory_bytes(lambda: learner.step(images, labels), device)
-    write_json(
-        _step_path(cell),
-        {"peak_activation_mib": peak / 2**20, "environment": describe_environment(settings.device)},
-    )
-
-
-def _step_path(cell: Cell) -> Path:
-    return cell.path.parent / _STEP_FILE
-
-
-def _read_peak_mib(cell: Cell) -> float | None:
-    try:
-        value = json.loads(_step_path(cell).read_text(encoding="utf-8"))["peak_activation_mib"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return float(value)
-
-
-def record(plan: Plan, rows: Sequence[RowResult]) -> dict[str, Any]:
-    """All of it, for a JSON file."""
-    return {
-        "table": plan.table.name,
-        "title": plan.table.title,
-        "source": plan.table.source,
-        "departures": plan.departures,
-        "rows": [
-            {
-                "recipe": row.recipe.name,
-                "dataset": row.dataset,
-                "model": row.recipe.settings.model,
-                "rule": row.rule,
-                "basis": row.recipe.settings.build_rule().options().get("basis"),
-                "test_acc": row.test_acc and asdict(row.test_acc),
-                "best_test_acc": row.best_test_acc and asdict(row.best_test_acc),
-                "cost": row.cost and asdict(row.cost),
-                "bp_learning_signal_macs": row.bp_signal_macs,
-                "peak_activation_mib": row.peak_activation_mib,
-                "step_time_ms": row.step_time_ms,
-                "runs": [asdict(run) for run in row.runs],
-            }
-            for row in rows
-        ],
-    }

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from locallearn.analysis import Cost
 from locallearn.engine.files import write_atomically, write_json
 from locallearn.recipes.plan import Plan
-from locallearn.recipes.results import RowResult, Spread, record
+from locallearn.recipes.results import RowResult, Spread
 
 _NOTHING = "-"
-_REHEARSAL = "A rehearsal, not the paper's experiment:"
+_REHEARSAL = "A rehearsal, not the recipes as they are written:"
 _FORMATS = ("md", "csv", "tex", "json")
 
 
@@ -56,13 +58,14 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 _COLUMNS = (
+    _Column("recipe", lambda row: row.recipe.name, is_number=False),
     _Column("dataset", lambda row: row.dataset, is_number=False),
     _Column("model", lambda row: row.recipe.settings.model, is_number=False),
     _Column("rule", lambda row: row.rule, is_number=False),
-    _Column("basis", lambda row: _basis(row) or _NOTHING, is_number=False),
+    _Column("basis", lambda row: row.basis or _NOTHING, is_number=False),
     _Column("accuracy, %", lambda row: _spread(row.test_acc)),
     _Column("best, %", lambda row: _spread(row.best_test_acc)),
-    _Column("runs", lambda row: str(len(row.runs))),
+    _Column("runs", lambda row: say_runs(row)),
     _Column(
         "signal, kMAC", lambda row: _cost(row, lambda cost: _macs(cost.learning_signal_macs, 1e3))
     ),
@@ -85,9 +88,35 @@ a batch holds at most beyond weights, optimizer state and images, measured. ms a
 the runs trained, beside whatever else ran on the machine; `locallearn bench` compares speed."""
 
 
-def _basis(row: RowResult) -> str | None:
-    basis = row.recipe.settings.build_rule().options().get("basis")
-    return None if basis is None else str(basis)
+def say_runs(row: RowResult) -> str:
+    """How many there are, and of how many where some are missing."""
+    num = len(row.runs)
+    return str(num) if num == row.num_planned else f"{num} of {row.num_planned}"
+
+
+def rehearsal_lines(plan: Plan) -> list[str]:
+    """How the runs depart from the recipes, a line each; empty where they do not."""
+    names: dict[str, list[str]] = {}
+    for recipe in plan.table.recipes:
+        if words := plan.departures(recipe):
+            names.setdefault("; ".join(words), []).append(recipe.name)
+    return [
+        words if len(own) == len(plan.table.recipes) else f"{words} ({', '.join(own)})"
+        for words, own in names.items()
+    ]
+
+
+def remarks(plan: Plan, rows: Sequence[RowResult]) -> list[str]:
+    """What is to be known before the table is read, a sentence each; none of a whole table."""
+    found = []
+    if lines := rehearsal_lines(plan):
+        found.append(f"{_REHEARSAL} {'; '.join(lines)}.")
+    if plan.table.is_part:
+        found.append(f"A part: {len(rows)} of the table's {plan.table.num_in_file} rows.")
+    missing = sum(row.num_planned - len(row.runs) for row in rows)
+    if missing:
+        found.append(f"Unfinished: {missing} of {len(plan.cells)} runs have no results.")
+    return found
 
 
 def _caption(plan: Plan) -> str:
@@ -95,29 +124,11 @@ def _caption(plan: Plan) -> str:
     return f"{plan.table.title}{source}"
 
 
-def rehearsal_lines(plan: Plan) -> list[str]:
-    """How the runs depart from the recipes, a line each; empty where they do not."""
-    names: dict[str, list[str]] = {}
-    for recipe in plan.table.recipes:
-        seeds = tuple(cell.seed for cell in plan.of(recipe))
-        words = list(plan.departures.get(recipe.name, ()))
-        if seeds != recipe.seeds:
-            kind = "seed" if len(seeds) == 1 else "seeds"
-            words.append(f"{kind} {', '.join(map(str, seeds))} of {len(recipe.seeds)}")
-        if words:
-            names.setdefault("; ".join(words), []).append(recipe.name)
-    is_of_all = [len(each) == len(plan.table.recipes) for each in names.values()]
-    return [
-        words if of_all else f"{words} ({', '.join(names[words])})"
-        for words, of_all in zip(names, is_of_all, strict=True)
-    ]
-
-
 def to_markdown(plan: Plan, rows: Sequence[RowResult]) -> str:
-    """Caption, how it departs from the paper, the table, its legend, and every run's command."""
+    """Caption, how it departs from the recipes, the table, its legend, and every run's command."""
     lines = [f"## {_caption(plan)}", ""]
-    if departures := rehearsal_lines(plan):
-        lines += [f"**{_REHEARSAL}** {'; '.join(departures)}.", ""]
+    for remark in remarks(plan, rows):
+        lines += [f"**{remark}**", ""]
     lines.append("| " + " | ".join(column.heading for column in _COLUMNS) + " |")
     lines.append("|" + "|".join("---:" if column.is_number else "---" for column in _COLUMNS) + "|")
     for row in rows:
@@ -125,13 +136,12 @@ def to_markdown(plan: Plan, rows: Sequence[RowResult]) -> str:
     lines += ["", _LEGEND, ""]
     made = [row for row in rows if row.runs]
     if made:
-        lines += ["Each cell's runs were made by these commands (one for each seed):", ""]
-        for row in made:
-            seeds = ", ".join(f"{run.seed}: {run.test_acc:.2f} %" for run in row.runs)
-            lines += [f"- `{row.runs[0].command}`", f"  (seed {seeds})"]
-        lines.append("")
-        lines += [f"- {line}" for line in _where(rows)]
-        lines.append("")
+        lines += ["Made by:", ""]
+    for row in made:
+        lines.append(f"- {row.recipe.name}")
+        lines += [f"    - {run.test_acc:.2f} %: `{run.command}`" for run in row.runs]
+    if made:
+        lines += ["", "On:", "", *(f"- {line}" for line in _where(rows)), ""]
     return "\n".join(lines)
 
 
@@ -149,56 +159,54 @@ def _where(rows: Sequence[RowResult]) -> list[str]:
     return [f"{num} {'run' if num == 1 else 'runs'} on {place}" for place, num in places.items()]
 
 
-def to_csv(plan: Plan, rows: Sequence[RowResult]) -> str:
+def to_csv(rows: Sequence[RowResult]) -> str:
     """A line for each row, all figures in full."""
     text = io.StringIO()
-    fields = [
-        "recipe", "dataset", "model", "rule", "basis", "departure", "num_runs", "seeds",
-        "test_acc_mean", "test_acc_std", "best_test_acc_mean", "best_test_acc_std",
-        "learning_signal_macs", "bp_learning_signal_macs", "total_macs", "peak_activation_mib",
-        "num_params", "num_additional_params", "step_time_ms", "commands",
-    ]  # fmt: skip
-    writer = csv.DictWriter(text, fieldnames=fields, lineterminator="\n")
+    lines = [
+        {
+            "recipe": row.recipe.name,
+            "dataset": row.dataset,
+            "model": row.recipe.settings.model,
+            "rule": row.rule,
+            "basis": row.basis,
+            "departures": "; ".join(row.departures),
+            "num_planned": row.num_planned,
+            "num_runs": len(row.runs),
+            "seeds": " ".join(str(run.seed) for run in row.runs),
+            "test_acc_mean": row.test_acc and row.test_acc.mean,
+            "test_acc_std": row.test_acc and row.test_acc.std,
+            "best_test_acc_mean": row.best_test_acc and row.best_test_acc.mean,
+            "best_test_acc_std": row.best_test_acc and row.best_test_acc.std,
+            **_cost_figures(row),
+            "peak_activation_mib": row.peak_activation_mib,
+            "step_time_ms": row.step_time_ms,
+            "commands": "; ".join(run.command for run in row.runs),
+        }
+        for row in rows
+    ]
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        acc, best, cost = row.test_acc, row.best_test_acc, row.cost
-        writer.writerow(
-            {
-                "recipe": row.recipe.name,
-                "dataset": row.dataset,
-                "model": row.recipe.settings.model,
-                "rule": row.rule,
-                "basis": _basis(row),
-                "departure": "; ".join(plan.departures.get(row.recipe.name, ())),
-                "num_runs": len(row.runs),
-                "seeds": " ".join(str(run.seed) for run in row.runs),
-                "test_acc_mean": acc and acc.mean,
-                "test_acc_std": acc and acc.std,
-                "best_test_acc_mean": best and best.mean,
-                "best_test_acc_std": best and best.std,
-                "learning_signal_macs": cost and cost.learning_signal_macs,
-                "bp_learning_signal_macs": row.bp_signal_macs,
-                "total_macs": cost and cost.total_macs,
-                "peak_activation_mib": row.peak_activation_mib,
-                "num_params": cost and cost.num_params,
-                "num_additional_params": cost and cost.num_additional_params,
-                "step_time_ms": row.step_time_ms,
-                "commands": "; ".join(run.command for run in row.runs),
-            }
-        )
+    writer.writerows(lines)
     return text.getvalue()
 
 
+def _cost_figures(row: RowResult) -> dict[str, int | None]:
+    """What is counted of a step."""
+    names = ("learning_signal_macs", "total_macs", "num_params", "num_additional_params")
+    counted = {name: None if row.cost is None else getattr(row.cost, name) for name in names}
+    return counted | {"bp_learning_signal_macs": row.bp_signal_macs}
+
+
 def to_latex(plan: Plan, rows: Sequence[RowResult]) -> str:
-    """A table environment; its document needs the package booktabs."""
-    caption = _latex(_caption(plan) + ".")
-    if departures := rehearsal_lines(plan):
-        caption += rf" \textbf{{{_REHEARSAL}}} {_latex('; '.join(departures))}."
+    """A table environment; its document needs the packages booktabs and graphicx."""
+    caption = " ".join([f"{_caption(plan)}.", *remarks(plan, rows)])
+    label = re.sub(r"[^A-Za-z0-9-]", "-", plan.name)
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{caption}}}",
-        rf"\label{{tab:{plan.table.name}}}",
+        rf"\caption{{{_latex(caption)}}}",
+        rf"\label{{tab:{label}}}",
+        r"\resizebox{\linewidth}{!}{%",
         rf"\begin{{tabular}}{{{''.join('r' if column.is_number else 'l' for column in _COLUMNS)}}}",
         r"\toprule",
         " & ".join(_latex(column.heading) for column in _COLUMNS) + r" \\",
@@ -211,7 +219,8 @@ def to_latex(plan: Plan, rows: Sequence[RowResult]) -> str:
             lines.append(r"\addlinespace")
         before = group
         lines.append(" & ".join(_latex(column.cell(row)) for column in _COLUMNS) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+    lines += [r"\bottomrule", r"\end{tabular}}", "", r"\smallskip", r"\footnotesize"]
+    lines += [_latex(_LEGEND.replace("`", "")), r"\end{table}"]
     comments = [f"% {run.command}" for row in rows for run in row.runs]
     return "\n".join([*comments, *lines]) + "\n"
 
@@ -229,10 +238,39 @@ def _latex(text: str) -> str:
     return "".join(_LATEX.get(each, each) for each in text)
 
 
+def to_record(plan: Plan, rows: Sequence[RowResult]) -> dict[str, Any]:
+    """All of it, for a JSON file."""
+    return {
+        "table": plan.table.name,
+        "title": plan.table.title,
+        "source": plan.table.source,
+        "remarks": remarks(plan, rows),
+        "rows": [
+            {
+                "recipe": row.recipe.name,
+                "departures": list(row.departures),
+                "dataset": row.dataset,
+                "model": row.recipe.settings.model,
+                "rule": row.rule,
+                "basis": row.basis,
+                "num_planned": row.num_planned,
+                "test_acc": row.test_acc and asdict(row.test_acc),
+                "best_test_acc": row.best_test_acc and asdict(row.best_test_acc),
+                **_cost_figures(row),
+                "peak_activation_mib": row.peak_activation_mib,
+                "step_time_ms": row.step_time_ms,
+                "runs": [asdict(run) for run in row.runs],
+            }
+            for row in rows
+        ],
+    }
+
+
 def write_table(plan: Plan, rows: Sequence[RowResult]) -> list[Path]:
-    """TABLE.md, .csv, .tex and .json in the plan's directory. Returns their paths."""
-    paths = [plan.out / f"{plan.table.name}.{each}" for each in _FORMATS]
-    for path, make in zip(paths, (to_markdown, to_csv, to_latex), strict=False):
-        write_atomically(path, make(plan, rows).encode())
-    write_json(paths[-1], record(plan, rows))
+    """Markdown, CSV, LaTeX and JSON, called as the plan is, in its directory. Returns the paths."""
+    paths = [plan.out / f"{plan.name}.{each}" for each in _FORMATS]
+    texts = (to_markdown(plan, rows), to_csv(rows), to_latex(plan, rows))
+    for path, text in zip(paths, texts, strict=False):
+        write_atomically(path, text.encode())
+    write_json(paths[-1], to_record(plan, rows))
     return paths
