@@ -148,7 +148,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(delay: str) -> None:
     Path("mine.toml").write_text(TABLE.replace("epochs = 4", "epochs = 5000"))
     command = [sys.executable, "-m", "locallearn", "reproduce", "mine.toml", "--only", "one"]
     table = subprocess.Popen(
-        [*command, "--seeds", "0"],
+        [*command, "--seeds", "0,1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -166,5 +166,6 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(delay: str) -> None:
     assert "stopping: the runs save themselves" in out
     assert "one, seed 0: stopped" in out
     assert "Traceback" not in out
+    assert not (folder / "seed-1").exists()
     if delay == "after an epoch":
         assert load_checkpoint(folder / "seed-0" / "checkpoint.pt")["epoch"] >= 1

@@ -12,6 +12,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
@@ -173,7 +174,7 @@ class _Job:
         except (EOFError, OSError):
             self.end(_ENDING_SECONDS)
             code = self.process.exitcode
-            if code == -signal.SIGTERM:
+            if code is not None and -code in (signal.SIGTERM, *OF_THE_TERMINAL):
                 return Stopped()  # before it trained
             return Failed(
                 f"its process ended with {_say_code(code)}; see {log_path(self.cell.path)}."
@@ -201,6 +202,7 @@ def _held_back(numbers: Iterable[signal.Signals]) -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # which lets signals in again as it begins
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
