@@ -49,6 +49,14 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(make_run) -> None:
     assert group.seconds() == [2.0, 4.0, 6.0]
 
 
+def test_what_only_some_seeds_recorded_ends_with_the_others(make_run) -> None:
+    long, short = make_run("a"), make_run("b", seed=1)
+    lines = (short / "metrics.csv").read_text().splitlines(keepends=True)
+    (short / "metrics.csv").write_text("".join(lines[:-1]).replace("test_loss", "other"))
+    (group,) = groups_of(long, short)
+    assert group.num_epochs == len(group.curve("test_loss")) == len(group.seconds()) == 2
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,17 +13,13 @@ from typing import Any, NoReturn
 import torch
 
 from locallearn.analysis.cost import Cost, step_cost
-from locallearn.engine import RunConfig, RunDirectory
-from locallearn.engine.run import FORMAT
+from locallearn.engine import Metrics, RunConfig, RunDirectory
+from locallearn.engine.run import FORMAT, Column
 from locallearn.errors import UserError
 from locallearn.models import build_model
 from locallearn.rules import Backprop, ErrorRule, Pepita
 
-# Columns of metrics.csv that are the network's, and no block's.
-_NETWORK = ("train", "test", "val")
 _FIGURE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
-
-Column = tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -76,8 +70,7 @@ class RecordedRun:
         path: its directory.
         name: what tells it from the others, a part of its path.
         config: what config.json holds.
-        columns: metrics.csv by column, a value an epoch; None where a value is missing or not
-            finite.
+        metrics: what metrics.csv holds.
         summary: what summary.json holds; None of a run that is not finished.
         cost: of its step.
         figures: that were made of it.
@@ -86,7 +79,7 @@ class RecordedRun:
     path: Path
     name: str
     config: RunConfig
-    columns: dict[str, Column]
+    metrics: Metrics
     summary: dict[str, Any] | None
     cost: RunCost
     figures: tuple[Figure, ...]
@@ -94,7 +87,7 @@ class RecordedRun:
     @property
     def num_epochs(self) -> int:
         """Recorded ones."""
-        return len(self.columns.get("epoch", ()))
+        return self.metrics.num_epochs
 
     @property
     def is_finished(self) -> bool:
@@ -104,13 +97,8 @@ class RecordedRun:
         """The value after the last epoch; None where there is none."""
         if self.summary is not None and isinstance(self.summary.get(column), float):
             return float(self.summary[column])
-        values = self.columns.get(column, ())
+        values = self.metrics.columns.get(column, ())
         return values[-1] if values else None
-
-    def blocks(self) -> tuple[str, ...]:
-        """Names of the blocks with an accuracy of their own, in the network's order."""
-        names = [name.removesuffix("_acc") for name in self.columns if name.endswith("_acc")]
-        return tuple(name for name in names if name not in _NETWORK)
 
     def seconds(self) -> Column:
         """Of training, up to the end of each epoch: the sum of images / (images a second)."""
@@ -119,7 +107,7 @@ class RecordedRun:
             num_images -= 1  # a last batch of one image is left out
         total: float | None = 0.0
         sums = []
-        for rate in self.columns.get("images_per_second", ()):
+        for rate in self.metrics.columns.get("images_per_second", ()):
             total = None if total is None or not rate else total + num_images / rate
             sums.append(total)
         return tuple(sums)
@@ -208,48 +196,11 @@ def _read(directory: Path, name: str, costs: dict[str, RunCost]) -> RecordedRun:
         path=directory,
         name=name,
         config=config,
-        columns=_read_columns(run.metrics_path),
+        metrics=run.read_metrics(),
         summary=run.read_summary(),
         cost=costs[key],
         figures=_read_figures(directory / "figures"),
     )
-
-
-def _read_columns(path: Path) -> dict[str, Column]:
-    """metrics.csv by column; nothing where there is none. A last line that was cut is left out.
-
-    Raises:
-        UserError: names the line that is none of metrics.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path} can't be read: it is no text ({error}).") from error
-    lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
-    if not lines:
-        return {}
-    headings, rows = lines[0], lines[1:]
-    values = []
-    for number, row in enumerate(rows, start=2):
-        try:
-            if len(row) != len(headings):
-                raise ValueError(f"{len(row)} values for {len(headings)} columns")
-            values.append([_finite(cell) for cell in row])
-        except ValueError as error:
-            raise UserError(
-                f"{path} can't be read: line {number} is wrong ({error}). Restore the file, or "
-                f"resume the run, which writes it anew."
-            ) from error
-    return {name: tuple(row[i] for row in values) for i, name in enumerate(headings)}
-
-
-def _finite(cell: str) -> float | None:
-    if not cell:
-        return None
-    value = float(cell)
-    return value if math.isfinite(value) else None
 
 
 def _read_figures(folder: Path) -> tuple[Figure, ...]:

@@ -78,8 +78,9 @@ class Group:
 
     def curve(self, column: str) -> list[Statistic | None]:
         """An epoch's statistic over the runs, for each epoch that all have."""
-        known = [run.columns[column] for run in self.runs if column in run.columns]
-        return [statistic(values) for values in zip(*known, strict=False)]
+        columns = [run.metrics.columns for run in self.runs]
+        known = [each[column][: self.num_epochs] for each in columns if column in each]
+        return [statistic(values) for values in zip(*known, strict=True)]
 
     def seconds(self) -> list[float | None]:
         """Of training up to the end of each epoch, mean over the runs."""

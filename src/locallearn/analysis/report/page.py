@@ -291,7 +291,7 @@ def _millions(count: int | None) -> float | None:
 
 
 def _median(run: RecordedRun, column: str) -> float | None:
-    values = [value for value in run.columns.get(column, ()) if value is not None]
+    values = [value for value in run.metrics.columns.get(column, ()) if value is not None]
     return statistics.median(values) if values else None
 
 
@@ -334,7 +334,7 @@ def _columns(groups: Sequence[Group]) -> list[_Column]:
         return Cell(_with_std(found, "{:.2f}".format), mean, is_best)
 
     validation = figure("validation accuracy", "%", "{:.2f}", lambda run: run.last("val_acc"))
-    has_validation = any("val_acc" in run.columns for group in groups for run in group.runs)
+    has_validation = any("val_acc" in run.metrics.columns for group in groups for run in group.runs)
     return [
         _Column("test accuracy", "last epoch, %", accuracy),
         figure("best", "on the way, %", "{:.2f}", _best_on_the_way),
@@ -431,7 +431,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _best_on_the_way(run: RecordedRun) -> float | None:
-    return max((v for v in run.columns.get("test_acc", ()) if v is not None), default=None)
+    return max((v for v in run.metrics.columns.get("test_acc", ()) if v is not None), default=None)
 
 
 def _peak(group: Group) -> Cell:
@@ -570,11 +570,11 @@ def _by_depth(
     """The blocks' accuracies in the last epoch, and the output's, by depth: a chart for each
     sequence of blocks."""
     charts_by_blocks: list[tuple[str, Markup]] = []
-    sequences = dict.fromkeys(b for group in groups if (b := group.first.blocks()))
+    sequences = dict.fromkeys(b for group in groups if (b := group.first.metrics.blocks()))
     for number, blocks in enumerate(sequences):
         drawn = []
         for group in groups:
-            if group.first.blocks() == blocks and group.num_epochs:
+            if group.first.metrics.blocks() == blocks and group.num_epochs:
                 columns = [f"{block}_acc" for block in blocks] + ["train_acc"]
                 last = [group.curve(column)[-1] for column in columns]
                 drawn.append(_series(group, [float(i) for i in range(1, len(last) + 1)], last))
@@ -617,15 +617,15 @@ def _blocks(
 ) -> list[tuple[Group, Markup]]:
     """For each group its blocks' accuracies over epochs."""
     result = []
-    ours = [group for group in groups if group.first.blocks() and group.num_epochs]
+    ours = [group for group in groups if group.first.metrics.blocks() and group.num_epochs]
     everything = [
         y
         for group in ours
-        for block in group.first.blocks()
+        for block in group.first.metrics.blocks()
         for _, _, y in _curve(group, f"{block}_acc").points()
     ]
     for number, group in enumerate(ours):
-        blocks = group.first.blocks()
+        blocks = group.first.metrics.blocks()
         drawn = []
         for depth, block in enumerate(blocks):
             curve = _curve(group, f"{block}_acc")
