@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from locallearn.analysis import step_cost
+from locallearn.analysis import MeanStd, step_cost
 from locallearn.models import build_model
 from locallearn.recipes import (
     Changes,
     Plan,
     RecipeTable,
-    Spread,
     collect,
     make_plan,
     measure,
@@ -40,20 +39,13 @@ def plan(table: RecipeTable, tmp_path: Path, put_run: Callable) -> Plan:
     return plan
 
 
-def test_spread() -> None:
-    assert Spread.of([90.0, 94.0]) == Spread(92.0, 8.0**0.5)
-    assert Spread.of([90.0]) == Spread(90.0, None)
-    assert str(Spread(92.0, 8.0**0.5)) == "92.00 ± 2.83"
-    assert str(Spread(92.0, None)) == "92.00"
-
-
 def test_collect(plan: Plan) -> None:
     lls, bp = collect(plan)
-    assert lls.test_acc == Spread.of([90.0, 94.0])
-    assert lls.best_test_acc == Spread.of([91.0, 94.0])
+    assert lls.test_acc == MeanStd.of([90.0, 94.0])
+    assert lls.best_test_acc == MeanStd.of([91.0, 94.0])
     assert lls.step_time_ms == 12.0
     assert [run.seed for run in lls.runs] == [0, 1]
-    assert bp.test_acc == Spread(95.0, None)
+    assert bp.test_acc == MeanStd(95.0, None)
     network = build_model("smallconv", num_classes=10, in_channels=1, image_size=8)
     sizes = {"image_shape": (1, 8, 8), "batch_size": 128}
     ours, backprop = (step_cost(network, build_rule(rule), **sizes) for rule in ("lls", "bp"))

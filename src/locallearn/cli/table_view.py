@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from locallearn.analysis import MeanStd
 from locallearn.engine import RunDirectory, Snapshot
 from locallearn.recipes import (
     Busy,
@@ -26,7 +27,6 @@ from locallearn.recipes import (
     Outcome,
     Plan,
     RowResult,
-    Spread,
     Started,
     Stopped,
     collect,
@@ -230,7 +230,7 @@ class TerminalTableView(TableView):
             texts = [view.text() for view in views]
             found = [v.test_acc for v in views if v.state is CellState.DONE]
             values = [value for value in found if value is not None]
-            mean = str(Spread.of(values)) if values else ""
+            mean = str(MeanStd.of(values)) if values else ""
             table.add_row(recipe.name, *texts, *[""] * (num_seeds - len(texts)), mean)
         hidden = len(names) - len(shown)
         more = [Text(f"and {hidden} more", style="dim")] if hidden else []

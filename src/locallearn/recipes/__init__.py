@@ -26,7 +26,7 @@ from locallearn.recipes.plan import (
     make_plan,
 )
 from locallearn.recipes.recipe import Recipe, RecipeTable, list_tables, read_table
-from locallearn.recipes.results import RowResult, Spread, collect, measure, unmeasured
+from locallearn.recipes.results import RowResult, collect, measure, unmeasured
 from locallearn.recipes.writing import rehearsal_lines, to_markdown, write_table
 
 __all__ = [
@@ -45,7 +45,6 @@ __all__ = [
     "Recipe",
     "RecipeTable",
     "RowResult",
-    "Spread",
     "Started",
     "Stopped",
     "TableListener",

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from locallearn.analysis import Cost, step_cost
-from locallearn.engine import RunConfig, RunDirectory
-from locallearn.engine.building import build_learner, build_network
+from locallearn.analysis import Cost, MeanStd, run_cost
+from locallearn.analysis.measured import read_peak_mib, step_path
+from locallearn.engine import RunDirectory
+from locallearn.engine.building import build_learner
 from locallearn.engine.config import train_command
 from locallearn.engine.environment import describe_environment
 from locallearn.engine.files import write_json
@@ -23,23 +22,6 @@ from locallearn.engine.measuring import peak_memory_bytes
 from locallearn.recipes.plan import Cell, CellState, Plan
 from locallearn.recipes.recipe import Recipe
 from locallearn.rules import build_rule
-
-_STEP_FILE = "step.json"
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation; std is None of a single value."""
-
-    mean: float
-    std: float | None
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -78,14 +60,14 @@ class RowResult:
     peak_activation_mib: float | None = None
 
     @property
-    def test_acc(self) -> Spread | None:
+    def test_acc(self) -> MeanStd | None:
         """Percent, after the last epoch."""
-        return Spread.of([run.test_acc for run in self.runs]) if self.runs else None
+        return MeanStd.of([run.test_acc for run in self.runs]) if self.runs else None
 
     @property
-    def best_test_acc(self) -> Spread | None:
+    def best_test_acc(self) -> MeanStd | None:
         """Percent, after the epoch that was best on the test set, as the authors report it."""
-        return Spread.of([run.best_test_acc for run in self.runs]) if self.runs else None
+        return MeanStd.of([run.best_test_acc for run in self.runs]) if self.runs else None
 
     @property
     def step_time_ms(self) -> float | None:
@@ -107,15 +89,14 @@ def _row(plan: Plan, recipe: Recipe) -> RowResult:
     if not done:
         return RowResult(recipe, dataset, rule, ())
     config = RunDirectory(done[0].path).read_config()
-    cost, bp_signal_macs = _costs(config)
     return RowResult(
         recipe,
         dataset,
         rule,
         tuple(sorted((_run(cell) for cell in done), key=lambda run: run.seed)),
-        cost,
-        bp_signal_macs,
-        _read_peak_mib(done[0]),
+        run_cost(config),
+        run_cost(config, build_rule("bp")).learning_signal_macs,
+        read_peak_mib(done[0].path),
     )
 
 
@@ -147,24 +128,6 @@ def _rule_label(recipe: Recipe) -> str:
     return ":".join([rule.name, *options])
 
 
-def _costs(config: RunConfig) -> tuple[Cost, int]:
-    settings, num_classes = config.settings, len(config.class_names)
-    shape = (config.inputs.num_channels, *config.inputs.image_size)
-    with torch.device("meta"):
-        model = build_network(settings, config.inputs, num_classes)
-    ours, backprop = (
-        step_cost(
-            model,
-            rule,
-            image_shape=shape,
-            batch_size=settings.batch_size,
-            bytes_per_value=2 if settings.precision == "bf16" else 4,
-        )
-        for rule in (settings.build_rule(), build_rule("bp"))
-    )
-    return ours, backprop.learning_signal_macs
-
-
 # -- peak memory, measured ----------------------------------------------------------------------
 
 
@@ -173,7 +136,7 @@ def unmeasured(plan: Plan) -> list[Cell]:
     found = []
     for recipe in plan.table.recipes:
         done = [cell for cell in plan.of(recipe) if cell.state() is CellState.DONE]
-        if done and _read_peak_mib(done[0]) is None:
+        if done and read_peak_mib(done[0].path) is None:
             found.append(done[0])
     return found
 
@@ -194,21 +157,9 @@ def measure(cell: Cell) -> None:
         learner.step(images, labels)
     peak = peak_memory_bytes(lambda: learner.step(images, labels), device)
     write_json(
-        _step_path(cell),
+        step_path(cell.path),
         {"peak_activation_mib": peak / 2**20, "environment": describe_environment(settings.device)},
     )
-
-
-def _step_path(cell: Cell) -> Path:
-    return cell.path.parent / _STEP_FILE
-
-
-def _read_peak_mib(cell: Cell) -> float | None:
-    try:
-        value = json.loads(_step_path(cell).read_text(encoding="utf-8"))["peak_activation_mib"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return float(value)
 
 
 def record(plan: Plan, rows: Sequence[RowResult]) -> dict[str, Any]:

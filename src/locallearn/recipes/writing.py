@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from locallearn.analysis import Cost
+from locallearn.analysis import Cost, MeanStd
 from locallearn.engine.files import write_atomically, write_json
 from locallearn.recipes.plan import Plan
-from locallearn.recipes.results import RowResult, Spread, record
+from locallearn.recipes.results import RowResult, record
 
 _NOTHING = "-"
 _REHEARSAL = "A rehearsal, not the paper's experiment:"
@@ -27,7 +27,7 @@ class _Column:
     is_number: bool = True
 
 
-def _spread(spread: Spread | None) -> str:
+def _spread(spread: MeanStd | None) -> str:
     return _NOTHING if spread is None else str(spread)
 
 

@@ -127,6 +127,9 @@ def test_costs_are_those_of_step_cost(make_run) -> None:
         ({"rule": "lls", "backend": "reference"}, True, False),
         ({"rule": "bp"}, True, False),
         ({"rule": "bp", "bp_memory": "checkpoint"}, False, False),
+        ({"rule": "bp", "dropout": 0.1}, False, False),
+        ({"rule": "lls", "dropout": 0.1, "backend": "reference"}, True, False),
+        ({"rule": "lls", "device": "cuda", "backend": "triton"}, False, False),
         ({"rule": "dfa"}, False, False),
         ({"rule": "lls", "norm": "none"}, False, False),
         ({"rule": "lls", "activation": "tanh"}, False, False),
@@ -138,6 +141,22 @@ def test_memory_is_given_where_it_is_counted(make_run, settings, is_counted, is_
     cost = only(make_run("a", **settings)).cost
     assert (cost.peak_activation_mib is not None) == is_counted
     assert cost.is_of_closed_form == is_marked
+
+
+def test_memory_that_reproduce_measured_is_read(make_run, tmp_path: Path) -> None:
+    paths = [make_run(f"lls/3-epochs/seed-{seed}", seed=seed) for seed in (0, 1)]
+    step = tmp_path / "lls/3-epochs/step.json"
+    for text, expected in (
+        ('{"peak_activation_mib": 71.25, "environment": {}}', 71.25),
+        ('{"peak_activation_mib": "much"}', None),
+        ('{"peak_activation_mib": NaN}', None),
+        ("[]", None),
+        ("{", None),
+    ):
+        step.write_text(text)
+        assert [only(path).measured_peak_mib for path in paths] == [expected] * 2
+    step.unlink()
+    assert only(paths[0]).measured_peak_mib is None
 
 
 def test_figures(make_run) -> None:

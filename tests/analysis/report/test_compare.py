@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from locallearn.analysis import MeanStd
 from locallearn.analysis.report import collect_runs
 from locallearn.analysis.report.compare import (
     Group,
     Property,
     environment_of,
     group_runs,
+    mean_std,
     settings_of,
-    statistic,
 )
 
 
@@ -22,16 +23,11 @@ def groups_of(*paths: Path) -> list[Group]:
     return group_runs(collect_runs(paths))
 
 
-def test_statistic_by_hand() -> None:
-    found = statistic([2.0, None, 4.0, 9.0])
-    assert found is not None
+def test_mean_and_deviation_of_what_is_there() -> None:
     # Deviations -3, -1, 4: squares sum to 26, over n - 1 = 2.
-    assert (found.mean, found.n) == (5.0, 3)
-    assert found.std == pytest.approx(math.sqrt(13))
-    one = statistic([7.0])
-    assert one is not None
-    assert (one.mean, one.std, one.n) == (7.0, None, 1)
-    assert statistic([None]) is None
+    assert mean_std([2.0, None, 4.0, 9.0]) == MeanStd(5.0, pytest.approx(math.sqrt(13)))
+    assert mean_std([7.0]) == MeanStd(7.0, None)
+    assert mean_std([None]) is None
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_group(make_run) -> None:

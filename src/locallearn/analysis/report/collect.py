@@ -10,13 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
-from locallearn.analysis.cost import Cost, step_cost
+from locallearn.analysis.cost import run_cost
+from locallearn.analysis.measured import read_peak_mib
 from locallearn.engine import Metrics, RunConfig, RunDirectory
 from locallearn.engine.run import FORMAT, Column
 from locallearn.errors import UserError
-from locallearn.models import build_model
 from locallearn.rules import Backprop, ErrorRule, Pepita
 
 _FIGURE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
@@ -43,7 +41,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class RunCost:
-    """What a step of a run costs, counted (`analysis.step_cost`); None where it is not.
+    """What a step of a run costs, counted (`analysis.run_cost`); None where it is not.
 
     Arguments:
         learning_signal_macs, total_macs: for each image.
@@ -73,6 +71,8 @@ class RecordedRun:
         metrics: what metrics.csv holds.
         summary: what summary.json holds; None of a run that is not finished.
         cost: of its step.
+        measured_peak_mib: of its step, as `peak_activation_mib` of the cost; None where it was not
+            measured.
         figures: that were made of it.
     """
 
@@ -82,6 +82,7 @@ class RecordedRun:
     metrics: Metrics
     summary: dict[str, Any] | None
     cost: RunCost
+    measured_peak_mib: float | None
     figures: tuple[Figure, ...]
 
     @property
@@ -199,6 +200,7 @@ def _read(directory: Path, name: str, costs: dict[str, RunCost]) -> RecordedRun:
         metrics=run.read_metrics(),
         summary=run.read_summary(),
         cost=costs[key],
+        measured_peak_mib=read_peak_mib(directory.resolve()),
         figures=_read_figures(directory / "figures"),
     )
 
@@ -233,32 +235,23 @@ def _caption(path: Path) -> tuple[str, str]:
 
 
 def _cost(config: RunConfig) -> RunCost:
-    settings, inputs = config.settings, config.inputs
-    with torch.device("meta"):
-        model = build_model(
-            settings.model,
-            num_classes=len(config.class_names),
-            in_channels=inputs.num_channels,
-            image_size=inputs.image_size,
-            width=settings.width,
-            style=settings.block_style(),
-        )
+    settings = config.settings
+    cost = run_cost(config)
     if settings.group_blocks > 1:  # backpropagation goes on within each: not counted
-        num_params = sum(p.numel() for p in model.parameters())
-        return RunCost(None, None, None, num_params, None, is_of_closed_form=False)
-    rule = settings.build_rule()
-    cost: Cost = step_cost(
-        model,
-        rule,
-        image_shape=(inputs.num_channels, *inputs.image_size),
-        batch_size=settings.batch_size,
-        bytes_per_value=2 if settings.precision == "bf16" else 4,
-    )
+        return RunCost(None, None, None, cost.num_params, None, is_of_closed_form=False)
+    rule, style = settings.build_rule(), settings.block_style()
     peak = cost.peak_activation_mib
-    style = settings.block_style()
-    # What is counted is blocks with BatchNorm and (Leaky)ReLU, and heads before the max-pool.
-    is_usual = style.norm == "batch" and style.activation != "tanh"
-    if not is_usual or settings.head_after_pool or settings.compile:
+    # What is counted is what PyTorch makes on the CPU of blocks with BatchNorm and (Leaky)ReLU and
+    # of heads before the max-pool; and of backpropagation without the masks of dropout.
+    is_usual = (
+        settings.device == "cpu"
+        and not settings.compile
+        and not settings.head_after_pool
+        and style.norm == "batch"
+        and style.activation != "tanh"
+        and not (settings.dropout and isinstance(rule, Backprop))
+    )
+    if not is_usual:
         peak = None
     is_local = not isinstance(rule, Backprop | ErrorRule | Pepita)
     is_of_closed_form = is_local and peak is not None and settings.backend == "autograd"

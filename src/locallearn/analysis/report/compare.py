@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from locallearn.analysis.mean_std import MeanStd
 from locallearn.analysis.report.collect import RecordedRun
 from locallearn.engine.config import chosen_settings
 
@@ -21,22 +21,10 @@ _COMMIT_DIGITS = 12
 _NOT_IN_LABELS = ("seed", *_PLACES)
 
 
-@dataclass(frozen=True)
-class Statistic:
-    """Mean and sample standard deviation (None of one value alone) of n values."""
-
-    mean: float
-    std: float | None
-    n: int
-
-
-def statistic(values: Iterable[float | None]) -> Statistic | None:
+def mean_std(values: Iterable[float | None]) -> MeanStd | None:
     """Of the values that are there; None where there are none."""
     known = [value for value in values if value is not None]
-    if not known:
-        return None
-    std = statistics.stdev(known) if len(known) > 1 else None
-    return Statistic(statistics.fmean(known), std, len(known))
+    return MeanStd.of(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -69,22 +57,22 @@ class Group:
         """Recorded of every run."""
         return min(run.num_epochs for run in self.runs)
 
-    def over(self, value: Callable[[RecordedRun], float | None]) -> Statistic | None:
+    def over(self, value: Callable[[RecordedRun], float | None]) -> MeanStd | None:
         """The statistic of a value over the runs."""
-        return statistic(value(run) for run in self.runs)
+        return mean_std(value(run) for run in self.runs)
 
-    def last(self, column: str) -> Statistic | None:
+    def last(self, column: str) -> MeanStd | None:
         return self.over(lambda run: run.last(column))
 
-    def curve(self, column: str) -> list[Statistic | None]:
+    def curve(self, column: str) -> list[MeanStd | None]:
         """An epoch's statistic over the runs, for each epoch that all have."""
         columns = [run.metrics.columns for run in self.runs]
         known = [each[column][: self.num_epochs] for each in columns if column in each]
-        return [statistic(values) for values in zip(*known, strict=True)]
+        return [mean_std(values) for values in zip(*known, strict=True)]
 
     def seconds(self) -> list[float | None]:
         """Of training up to the end of each epoch, mean over the runs."""
-        sums = (statistic(at) for at in zip(*(run.seconds() for run in self.runs), strict=False))
+        sums = (mean_std(at) for at in zip(*(run.seconds() for run in self.runs), strict=False))
         return [None if each is None else each.mean for each in sums]
 
 

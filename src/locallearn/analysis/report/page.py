@@ -21,6 +21,7 @@ from jinja2 import BaseLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from locallearn._version import __version__
+from locallearn.analysis.mean_std import MeanStd
 from locallearn.analysis.report.charts import (
     SMALL,
     Axis,
@@ -38,12 +39,11 @@ from locallearn.analysis.report.collect import Figure, RecordedRun, RunCost
 from locallearn.analysis.report.compare import (
     NONE,
     Group,
-    Statistic,
     environment_of,
     group_runs,
+    mean_std,
     setting_text,
     settings_of,
-    statistic,
 )
 from locallearn.engine.config import chosen_settings, train_command
 
@@ -236,7 +236,7 @@ def _best(
     unit: str,
     groups: Sequence[Group],
     task: str,
-    value: Callable[[Group], Statistic | None],
+    value: Callable[[Group], MeanStd | None],
     form: Callable[[float], str],
     *,
     highest: bool = False,
@@ -267,23 +267,23 @@ def _best(
 # -- table ------------------------------------------------------------------------------------
 
 
-def _accuracy_of(group: Group) -> Statistic | None:
+def _accuracy_of(group: Group) -> MeanStd | None:
     return group.last("test_acc")
 
 
-def _step_time_of(group: Group) -> Statistic | None:
+def _step_time_of(group: Group) -> MeanStd | None:
     return group.over(lambda run: _median(run, "step_time_ms"))
 
 
-def _signal_of(group: Group) -> Statistic | None:
+def _signal_of(group: Group) -> MeanStd | None:
     """Counted, and so the same for every seed."""
-    return statistic([group.first.cost.learning_signal_macs])
+    return mean_std([group.first.cost.learning_signal_macs])
 
 
-def _peak_of(group: Group) -> Statistic | None:
+def _peak_of(group: Group) -> MeanStd | None:
     """Of the groups whose count is that of what they did."""
     cost = group.first.cost
-    return None if cost.is_of_closed_form else statistic([cost.peak_activation_mib])
+    return None if cost.is_of_closed_form else mean_std([cost.peak_activation_mib])
 
 
 def _millions(count: int | None) -> float | None:
@@ -295,7 +295,7 @@ def _median(run: RecordedRun, column: str) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _with_std(value: Statistic | None, form: Callable[[float], str]) -> str:
+def _with_std(value: MeanStd | None, form: Callable[[float], str]) -> str:
     if value is None:
         return NONE
     return form(value.mean) if value.std is None else f"{form(value.mean)} ± {form(value.std)}"
@@ -482,7 +482,7 @@ def _curve(group: Group, column: str) -> Series:
     return _series(group, epochs, found)
 
 
-def _series(group: Group, x: Sequence[float], found: Sequence[Statistic | None]) -> Series:
+def _series(group: Group, x: Sequence[float], found: Sequence[MeanStd | None]) -> Series:
     means = [None if each is None else each.mean for each in found]
     spread = [None if each is None else each.std for each in found]
     return Series(group.label, group.style, x, means, spread if any(spread) else ())
