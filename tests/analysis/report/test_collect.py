@@ -99,9 +99,29 @@ def test_what_is_no_run(make_run, tmp_path: Path) -> None:
         config.write_text(text)
         with pytest.raises(UserError, match=message):
             collect_runs([config.parent])
-    config.write_text("{")  # found on the way, it may be a run's
+    config.write_text('{"format": "locallearn-run",')  # found on the way, too
     with pytest.raises(UserError, match=r"config\.json is no valid JSON"):
         collect_runs([tmp_path])
+
+
+def test_what_others_wrote_is_passed_over_and_told(make_run, tmp_path: Path) -> None:
+    make_run("t/b")
+    for name, content in (("a", b"{"), ("c", b"\xff\xfe"), ("d", b"[]"), ("e", b"")):
+        (tmp_path / "t" / name).mkdir()
+        (tmp_path / "t" / name / "config.json").write_bytes(content)
+    foreign: list[Path] = []
+    assert [run.name for run in collect_runs([tmp_path / "t"], foreign.append)] == ["b"]
+    assert [path.parent.name for path in foreign] == ["a", "c", "d", "e"]
+
+
+def test_links_are_followed_to_runs_alone(make_run, tmp_path: Path) -> None:
+    make_run("store/one")
+    make_run("t/two")
+    (tmp_path / "t/one").symlink_to(tmp_path / "store/one", target_is_directory=True)
+    (tmp_path / "t/again").symlink_to(tmp_path / "t/two", target_is_directory=True)
+    (tmp_path / "t/above").symlink_to(tmp_path, target_is_directory=True)
+    make_run("elsewhere")
+    assert [run.name for run in collect_runs([tmp_path / "t"])] == ["again", "one"]
 
 
 def test_costs_are_those_of_step_cost(make_run) -> None:

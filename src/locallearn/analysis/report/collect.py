@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -114,8 +114,15 @@ class RecordedRun:
         return tuple(sums)
 
 
-def collect_runs(paths: Sequence[Path]) -> list[RecordedRun]:
+def collect_runs(
+    paths: Sequence[Path], on_foreign: Callable[[Path], None] | None = None
+) -> list[RecordedRun]:
     """The runs in these directories and below them, each once, in the order given.
+
+    Arguments:
+        paths: directories, of runs or above them.
+        on_foreign: is told of each config.json below them that locallearn did not write; what is
+            beside it is passed over.
 
     Raises:
         UserError: a path that is no directory or holds no run, or a run that can't be read.
@@ -123,7 +130,7 @@ def collect_runs(paths: Sequence[Path]) -> list[RecordedRun]:
     """
     found: dict[Path, tuple[Path, str]] = {}
     for path in paths:
-        for directory in _find(path):
+        for directory in _find(path, on_foreign or (lambda _: None)):
             below = directory.relative_to(path).as_posix()
             name = below if below != "." else path.resolve().name
             found.setdefault(directory.resolve(), (directory, name))
@@ -135,8 +142,8 @@ def collect_runs(paths: Sequence[Path]) -> list[RecordedRun]:
     ]
 
 
-def _find(path: Path) -> list[Path]:
-    """The directory itself, if it is a run's, or those of the runs below it."""
+def _find(path: Path, on_foreign: Callable[[Path], None]) -> list[Path]:
+    """The directory itself, if it is a run's, or those of the runs below it, in order."""
     if not path.is_dir():
         raise UserError(
             f"{path} is no directory; expected a run directory, or one with runs in it."
@@ -148,25 +155,39 @@ def _find(path: Path) -> list[Path]:
         raise error
 
     found = []
-    for folder, below, files in os.walk(path, onerror=stop):
+    for folder, below, _ in os.walk(path, onerror=stop):
         below.sort()
-        if "config.json" in files and _is_run(Path(folder, "config.json")):
-            found.append(Path(folder))
-            below.clear()
+        # A link may lead anywhere: it is followed to a run, and not searched.
+        links = [Path(folder, name) for name in below if Path(folder, name).is_symlink()]
+        for place in (Path(folder), *links):
+            config = place / "config.json"
+            if not config.is_file():
+                continue
+            if not _is_run(config):
+                on_foreign(config)
+                continue
+            found.append(place)
+            if place == Path(folder):
+                below.clear()
+                break
     if not found:
         raise UserError(
             f"{path} holds no run, and no directory below it does (a run has a config.json that "
             f"`locallearn train` wrote). Give run directories."
         )
-    return found
+    return sorted(found)
 
 
 def _is_run(config: Path) -> bool:
-    """Whether locallearn wrote it: others name their files so, too."""
+    """Whether locallearn wrote it: others name their files so, too. Raises UserError where it did,
+    and the file is broken."""
+    content = config.read_bytes()
     try:
-        value = json.loads(config.read_text(encoding="utf-8"))
+        value = json.loads(content)
     except ValueError as error:
-        raise UserError(f"{config} is no valid JSON ({error}).") from error
+        if f'"{FORMAT}"'.encode() in content:
+            raise UserError(f"{config} is no valid JSON ({error}).") from error
+        return False
     return isinstance(value, dict) and value.get("format") == FORMAT
 
 
