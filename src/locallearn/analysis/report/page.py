@@ -12,7 +12,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import resources
 from typing import Any
@@ -45,7 +45,7 @@ from locallearn.analysis.report.compare import (
     setting_text,
     settings_of,
 )
-from locallearn.engine.config import chosen_settings, train_command
+from locallearn.engine.config import chosen_settings, data_name, train_command
 
 # Curves: column of metrics.csv, title, digits behind the point.
 _CURVES = (
@@ -56,6 +56,9 @@ _CURVES = (
     ("train_loss", "Train loss", 4),
 )
 _MAX_TASKS_IN_SUMMARY = 4
+# Settings in which runs must agree for their times, and their memory, to have a winner.
+_SAME_FOR_TIME = ("batch_size", "precision", "compile", "device", "num_threads")
+_SAME_FOR_MEMORY = ("batch_size", "precision")
 _LONGEST_BLOCK_NAME = 11
 _MAX_OPEN_CHARTS = 12
 # Of a name below an axis, and of the axis; units of a chart's viewBox.
@@ -124,16 +127,13 @@ def render_report(
         has_blocks=any(task["blocks"] for task in tasks),
         has_several_seeds=any(len(group.runs) > 1 for group in groups),
         has_unfinished=not all(group.is_finished for group in groups),
-        is_of_closed_form=any(group.first.cost.is_of_closed_form for group in groups),
+        is_of_closed_form=any("†" in _peak(group).text for group in groups),
         differing_settings=[p for p in settings if p.differs],
         equal_settings=[p for p in settings if not p.differs],
         differing_versions=[p for p in versions if p.differs],
         equal_versions=[p for p in versions if not p.differs],
         figures=[(run, [_embedded(f) for f in run.figures]) for run in runs if run.figures],
-        commands=[
-            (group, [(run, train_command(run.config.settings)) for run in group.runs])
-            for group in groups
-        ],
+        commands=[(group, [(run, _command(run)) for run in group.runs]) for group in groups],
         charts=charts,
         swatch=swatch,
         setting_text=lambda name: name.replace("_", " "),
@@ -149,7 +149,7 @@ def render_report(
 def _title(groups: Sequence[Group]) -> str:
     tasks = list(dict.fromkeys(group.task for group in groups))
     rules = list(dict.fromkeys(group.first.config.settings.rule for group in groups))
-    what = tasks[0] if len(tasks) == 1 else f"{len(tasks)} pairs of dataset and model"
+    what = tasks[0] if len(tasks) == 1 else f"{len(tasks)} pairs of data and model"
     which = ", ".join(rules) if len(rules) <= 6 else f"{len(rules)} rules"
     return f"{which} on {what}"
 
@@ -214,19 +214,20 @@ def _tiles(groups: Sequence[Group]) -> list[_Tile]:
         tiles += [tile] if tile else []
     if len(tasks) > 1:
         return tiles
-    places = {
-        (run.config.environment["device_name"], run.config.settings.num_threads)
-        for group in groups
-        for run in group.runs
-    }
-    if len(places) == 1:
-        tile = _best("shortest step", "ms", groups, tasks[0], _step_time_of, "{:.1f}".format)
-        tiles += [tile] if tile else []
-    for heading, unit, value, form in (
-        ("fewest learning-signal MACs", "an image", _signal_of, _count_text),
-        ("least activation memory", "MiB", _peak_of, _short),
+    runs = [run for group in groups for run in group.runs]
+    timed, held = (
+        len({tuple(getattr(run.config.settings, name) for name in names) for run in runs}) == 1
+        for names in (_SAME_FOR_TIME, _SAME_FOR_MEMORY)
+    )
+    timed = timed and len({run.config.environment["device_name"] for run in runs}) == 1
+    # What was measured and what was counted are no match either.
+    held = held and len({group.first.measured_peak_mib is None for group in groups}) == 1
+    for heading, unit, value, form, is_fair in (
+        ("shortest step", "ms", _step_time_of, "{:.1f}".format, timed),
+        ("fewest learning-signal MACs", "an image", _signal_of, _count_text, True),
+        ("least activation memory", "MiB", _peak_of, _short, held),
     ):
-        tile = _best(heading, unit, groups, tasks[0], value, form)
+        tile = _best(heading, unit, groups, tasks[0], value, form) if is_fair else None
         tiles += [tile] if tile else []
     return tiles
 
@@ -281,9 +282,11 @@ def _signal_of(group: Group) -> MeanStd | None:
 
 
 def _peak_of(group: Group) -> MeanStd | None:
-    """Of the groups whose count is that of what they did."""
-    cost = group.first.cost
-    return None if cost.is_of_closed_form else mean_std([cost.peak_activation_mib])
+    """Measured; or else counted, of the groups whose count is that of what they did."""
+    cost, measured = group.first.cost, group.first.measured_peak_mib
+    if measured is None and cost.is_of_closed_form:
+        return None
+    return mean_std([cost.peak_activation_mib if measured is None else measured])
 
 
 def _millions(count: int | None) -> float | None:
@@ -349,7 +352,7 @@ def _columns(groups: Sequence[Group]) -> list[_Column]:
         _Column("memory", "peak, MiB", _peak),
         counted("parameters", "", "{:,}", lambda c: c.num_params),
         counted("rule's own", "parameters", "{:,}", lambda c: c.num_additional_params),
-        setting("dataset", "dataset"),
+        _Column("dataset", "", lambda g: _plain(_data(g)), is_number=False),
         setting("model", "model"),
         setting("rule", "rule"),
         _Column("options", "of the rule", lambda g: _plain(_options(g)), is_number=False),
@@ -394,6 +397,12 @@ def _setting(group: Group, name: str) -> str:
     return str(getattr(group.first.config.settings, name))
 
 
+def _data(group: Group) -> str:
+    settings = group.first.config.settings
+    name = data_name(settings)
+    return name if name == settings.dataset else f"{name} ({settings.dataset})"
+
+
 def _options(group: Group) -> str:
     """The rule's basis, and its other options that are not the defaults."""
     settings = group.first.config.settings
@@ -435,10 +444,13 @@ def _best_on_the_way(run: RecordedRun) -> float | None:
 
 
 def _peak(group: Group) -> Cell:
-    peak = group.first.cost.peak_activation_mib
+    cost, measured = group.first.cost, group.first.measured_peak_mib
+    if measured is not None:
+        return Cell(f"{_short(measured)} measured", measured)
+    peak = cost.peak_activation_mib
     if peak is None:
         return Cell(NONE)
-    return Cell(_short(peak) + "†" * group.first.cost.is_of_closed_form, peak)
+    return Cell(f"{_short(peak)}{'†' * cost.is_of_closed_form} counted", peak)
 
 
 def _short(value: float) -> str:
@@ -678,12 +690,12 @@ def _costs(groups: Sequence[Group]) -> dict[str, Any]:
                     "share": f"{100 * signal / total:.2g} %",
                 }
             )
-    memory = [(g, p) for g in groups if (p := g.first.cost.peak_activation_mib) is not None]
+    memory = [(g, c.value, c.text) for g in groups if isinstance((c := _peak(g)).value, float)]
     times = [(g, t) for g in groups if (t := _step_time_of(g)) is not None]
     return {
         "macs": macs,
         "ticks": ticks,
-        "memory": _bars([(g, p, _peak(g).text) for g, p in memory]),
+        "memory": _bars(memory),
         "times": _bars([(g, t.mean, _with_std(t, "{:.1f}".format)) for g, t in times]),
     }
 
@@ -701,6 +713,11 @@ def _count_text(count: float) -> str:
             value = count / factor
             return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     return f"{count:g}"
+
+
+def _command(run: RecordedRun) -> str:
+    """Without the directory of decoded images, which changes nothing and is its machine's own."""
+    return train_command(replace(run.config.settings, cache=None))
 
 
 def _embedded(figure: Figure) -> tuple[Figure, str]:
