@@ -265,6 +265,10 @@ def test_figures_are_embedded(make_run) -> None:
     )
     assert spectra["alt"] == "spectra"
     assert cam["src"] == "data:image/png;base64,cG5n"
+    # Each in a box that scrolls; the run's name stays with the first of them when printed.
+    html = html_of(path)
+    assert len(re.findall(r'<div class="scroll" tabindex="0"[^>]*><img ', html)) == 2
+    assert len(re.findall(r'<div class="first">\s*<h3>a</h3>\s*<figure>', html)) == 1
     assert ("figcaption", "cam.png") in page.texts
 
 
