@@ -69,6 +69,19 @@ def test_report_says_what_is_not_finished(trained, capsys, tmp_path: Path) -> No
     )
 
 
+def test_report_notes_what_others_wrote(trained, capsys, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "t" / name).mkdir(parents=True)
+        (tmp_path / "t" / name / "config.json").write_text("{")
+    (tmp_path / "t/run").symlink_to(trained / "bp-0", target_is_directory=True)
+    assert main(["report", "t"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "report on 1 run written to report.html\n"
+    assert captured.err == (
+        "note: t/a/config.json (and 1 more): not written by locallearn, passed over\n"
+    )
+
+
 def test_report_errors(trained, capsys, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     run = str(trained / "bp-0")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from locallearn.analysis.measured import read_peak_mib
 from locallearn.cli import main
 from locallearn.cli.console import QuietObserver
 from locallearn.engine import RunDirectory, Snapshot, Trainer
@@ -34,7 +35,6 @@ from locallearn.recipes import (
     read_table,
     run_cells,
 )
-from locallearn.recipes.step_memory import read_peak_mib
 
 
 class Recorder:
@@ -95,7 +95,7 @@ def test_two_at_a_time_one_fails_and_the_others_go_on(table: RecipeTable, tmp_pa
         assert any(isinstance(m, Snapshot) for m in said)
         assert Busy("testing after epoch 4") in said
         assert Busy("measuring the memory of a step") in said
-        assert read_peak_mib(cell.folder) > 0
+        assert read_peak_mib(cell.path) > 0
     # What is done is not begun again.
     again = Recorder()
     assert run_cells([lls, bp], num_jobs=2, listener=again) == {}
@@ -105,7 +105,7 @@ def test_two_at_a_time_one_fails_and_the_others_go_on(table: RecipeTable, tmp_pa
     assert run_cells([lls, bp], num_jobs=2, listener=again)[lls] == outcomes[lls]
     assert again.begun == [lls]
     assert again.messages[lls] == [Busy("measuring the memory of a step")]
-    assert read_peak_mib(lls.folder) > 0
+    assert read_peak_mib(lls.path) > 0
 
 
 needs_proc = pytest.mark.skipif(

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from locallearn.analysis import step_cost
+from locallearn.analysis import MeanStd, step_cost
+from locallearn.analysis.measured import read_peak_mib
 from locallearn.engine import RunDirectory
 from locallearn.errors import UserError
 from locallearn.models import build_model
@@ -20,13 +21,12 @@ from locallearn.recipes import (
     Changes,
     Plan,
     RecipeTable,
-    Spread,
     collect,
     make_plan,
     remarks,
     write_table,
 )
-from locallearn.recipes.step_memory import measure_peak, read_peak_mib
+from locallearn.recipes.step_memory import measure_peak
 from locallearn.recipes.writing import to_csv, to_latex, to_markdown
 from locallearn.rules import build_rule
 
@@ -42,20 +42,13 @@ def plan(table: RecipeTable, tmp_path: Path, put_run: Callable) -> Plan:
     return plan
 
 
-def test_spread() -> None:
-    assert Spread.of([90.0, 94.0]) == Spread(92.0, 8.0**0.5)
-    assert Spread.of([90.0]) == Spread(90.0, None)
-    assert str(Spread(92.0, 8.0**0.5)) == "92.00 ± 2.83"
-    assert str(Spread(92.0, None)) == "92.00"
-
-
 def test_collect(plan: Plan) -> None:
     lls, bp = collect(plan)
-    assert lls.test_acc == Spread.of([90.0, 94.0])
-    assert lls.best_test_acc == Spread.of([91.0, 94.0])
+    assert lls.test_acc == MeanStd.of([90.0, 94.0])
+    assert lls.best_test_acc == MeanStd.of([91.0, 94.0])
     assert lls.step_time_ms == 12.0
     assert [run.seed for run in lls.runs] == [0, 1]
-    assert bp.test_acc == Spread(95.0, None)
+    assert bp.test_acc == MeanStd(95.0, None)
     network = build_model("smallconv", num_classes=10, in_channels=1, image_size=8)
     sizes = {"image_shape": (1, 8, 8), "batch_size": 128}
     ours, backprop = (step_cost(network, build_rule(rule), **sizes) for rule in ("lls", "bp"))
@@ -193,20 +186,20 @@ def test_record_is_whole(plan: Plan) -> None:
 
 def test_the_memory_of_a_step_is_measured_beside_the_runs(plan: Plan, one_thread: None) -> None:
     for cell in plan.cells[:2]:
-        assert read_peak_mib(cell.folder) is None
+        assert read_peak_mib(cell.path) is None
         settings = dataclasses.replace(cell.settings, num_threads=1)
         config = RunDirectory(cell.path).read_config()
-        measure_peak(cell.folder, dataclasses.replace(config, settings=settings.resolve()))
+        measure_peak(cell.path, dataclasses.replace(config, settings=settings.resolve()))
     lls, bp = collect(plan)
     # BatchNorm's input and output at the first block: 128 images of 8x8 in 32 channels, float32.
     assert bp.peak_activation_mib > 2 * 128 * 64 * 32 * 4 / 2**20
     assert 0 < lls.peak_activation_mib < bp.peak_activation_mib
     plan.cells[0].folder.joinpath("step.json").write_text("{")
-    assert read_peak_mib(plan.cells[0].folder) is None
+    assert read_peak_mib(plan.cells[0].path) is None
 
 
 def test_memory_of_a_device_that_is_not_there(plan: Plan) -> None:
     config = RunDirectory(plan.cells[0].path).read_config()
     elsewhere = dataclasses.replace(config.settings, device="mps")
     with pytest.raises(UserError, match=r"mps|MPS"):
-        measure_peak(plan.cells[0].folder, dataclasses.replace(config, settings=elsewhere))
+        measure_peak(plan.cells[0].path, dataclasses.replace(config, settings=elsewhere))

@@ -1,6 +1,15 @@
 """Figures and tables made of recorded numbers. Nothing here trains."""
 
-from locallearn.analysis.cost import Cost, step_cost
+from locallearn.analysis.cost import Cost, run_cost, step_cost
 from locallearn.analysis.figures import plot_benchmark, plot_confusion, side_name
+from locallearn.analysis.mean_std import MeanStd
 
-__all__ = ["Cost", "plot_benchmark", "plot_confusion", "side_name", "step_cost"]
+__all__ = [
+    "Cost",
+    "MeanStd",
+    "plot_benchmark",
+    "plot_confusion",
+    "run_cost",
+    "side_name",
+    "step_cost",
+]

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from locallearn.engine import RunConfig
+from locallearn.engine.building import build_network
 from locallearn.kernels.compiled.cells import FEW_CHANNELS
 from locallearn.models import Block, BlockNetwork, ConvBlock, DepthwiseSeparableBlock, LinearBlock
 from locallearn.rules import (
@@ -181,6 +183,23 @@ def step_cost(
                 peak += _NUM_SIMILARITIES * 4 * batch_size**2
     total = 2 * forward + signal + inside
     return Cost(signal, forward, total, num_params, additional, peak, name)
+
+
+def run_cost(config: RunConfig, rule: Rule | None = None) -> Cost:
+    """The cost of a step of a run, of the same network under another rule where one is given.
+
+    Blocks that are grouped are counted as if each were by itself.
+    """
+    settings, inputs = config.settings, config.inputs
+    with torch.device("meta"):
+        model = build_network(settings, inputs, len(config.class_names))
+    return step_cost(
+        model,
+        settings.build_rule() if rule is None else rule,
+        image_shape=(inputs.num_channels, *inputs.image_size),
+        batch_size=settings.batch_size,
+        bytes_per_value=2 if settings.precision == "bf16" else 4,
+    )
 
 
 @dataclass(frozen=True)

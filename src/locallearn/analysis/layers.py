@@ -5,18 +5,16 @@ Shapes: K classes, E epochs.
 
 from __future__ import annotations
 
-import csv
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from locallearn.analysis.latents import BlockView, local_logits, observe
+from locallearn.engine import RunDirectory
 from locallearn.engine.learner import LocalLearner
 from locallearn.errors import UserError
-
-_NOT_BLOCKS = ("train", "test", "val")
 
 
 @dataclass(frozen=True)
@@ -35,27 +33,23 @@ class Curves:
     blocks: dict[str, list[float]]
 
 
-def read_curves(path: Path) -> Curves:
-    """A run's metrics.csv. Raises UserError where it is missing, empty or not what a run writes."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: the run has no finished epoch yet.")
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        columns = {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else None
-    except (TypeError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} is no metrics.csv of a run ({error}).") from error
-    if columns is None:
-        raise UserError(f"{path} holds no epoch: the run has finished none yet.")
-    if missing := {"epoch", "train_acc", "test_acc"} - set(columns):
-        raise UserError(f"{path} is no metrics.csv of a run: no column {min(missing)}.")
-    suffix = "_acc"
-    names = [name.removesuffix(suffix) for name in columns if name.endswith(suffix)]
+def read_curves(run: RunDirectory) -> Curves:
+    """Of a run's metrics.csv; nan where a value is missing.
+
+    Raises UserError where the file is not what a run writes, or has no epoch.
+    """
+    metrics = run.read_metrics()
+    if not metrics.num_epochs:
+        raise UserError(f"{run.metrics_path} holds no epoch: the run has finished none yet.")
+    columns = {
+        name: [math.nan if value is None else value for value in values]
+        for name, values in metrics.columns.items()
+    }
     return Curves(
-        [int(epoch) for epoch in columns["epoch"]],
+        list(range(1, metrics.num_epochs + 1)),
         columns["train_acc"],
         columns["test_acc"],
-        {name: columns[name + suffix] for name in names if name not in _NOT_BLOCKS},
+        {name: columns[f"{name}_acc"] for name in metrics.blocks()},
     )
 
 

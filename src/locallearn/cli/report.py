@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +33,12 @@ def report(
 
     target = Path(out)
     check_target(target, "--out")
-    found = collect_runs([Path(run) for run in runs])
+    foreign: list[Path] = []
+    found = collect_runs([Path(run) for run in runs], foreign.append)
     write_atomically(target, render_report(found, title).encode())
+    if foreign:
+        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+        print(f"note: {foreign[0]}{more}: not written by locallearn, passed over", file=sys.stderr)
     unfinished = sum(not run.is_finished for run in found)
     note = f", {unfinished} of them not finished" if unfinished else ""
     print(f"report on {len(found)} run{'s' * (len(found) > 1)}{note} written to {target}")

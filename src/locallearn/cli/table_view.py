@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from locallearn.analysis import MeanStd
 from locallearn.engine import RunDirectory, Snapshot
 from locallearn.errors import UserError
 from locallearn.recipes import (
@@ -27,7 +28,6 @@ from locallearn.recipes import (
     Outcome,
     Plan,
     RowResult,
-    Spread,
     Started,
     Stopped,
     collect,
@@ -237,7 +237,7 @@ class TerminalTableView(TableView):
             texts = [view.text() for view in views]
             found = [v.test_acc for v in views if v.state is CellState.DONE]
             values = [value for value in found if value is not None]
-            mean = str(Spread.of(values)) if values else ""
+            mean = str(MeanStd.of(values)) if values else ""
             table.add_row(recipe.name, *texts, *[""] * (num_seeds - len(texts)), mean)
         marks = [Text(f"rehearsal: {line}", style="dim") for line in rehearsal_lines(self.plan)]
         hidden = len(names) - len(shown)

@@ -5,7 +5,7 @@ from locallearn.engine.config import DEVICES, TrainConfig, choose_device
 from locallearn.engine.evaluation import Evaluation, evaluate
 from locallearn.engine.learner import PRECISIONS, LocalLearner, StepResult
 from locallearn.engine.optimizers import list_optimizers, list_schedules
-from locallearn.engine.run import Row, RunConfig, RunDirectory
+from locallearn.engine.run import Metrics, Row, RunConfig, RunDirectory
 from locallearn.engine.trainer import Interrupted, Observer, Snapshot, Trainer
 from locallearn.engine.weights import Trained, load_trained
 
@@ -15,6 +15,7 @@ __all__ = [
     "Evaluation",
     "Interrupted",
     "LocalLearner",
+    "Metrics",
     "Observer",
     "Row",
     "RunConfig",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,12 @@ FORMAT = "locallearn-run"
 FORMAT_VERSION = 1
 
 Row = dict[str, float | int]
+Column = tuple[float | None, ...]
+
+# Columns of metrics.csv that every run has.
+_NEEDED = ("epoch", "train_acc", "test_acc", "images_per_second")
+# Whose accuracies are the network's, and no block's.
+_NETWORK = ("train", "test", "val")
 
 # A zip archive ends with a directory that starts so: a truncated checkpoint has none.
 _ZIP_END, _ZIP_END_REACH = b"PK\5\6", 4096
@@ -94,6 +101,27 @@ class RunConfig:
         except (KeyError, TypeError, IndexError) as error:
             raise UserError(f"{origin} is incomplete or was edited ({error!r}).") from error
         return config
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What metrics.csv holds.
+
+    Arguments:
+        columns: heading -> a value an epoch, None where it is missing or not finite; no columns
+            where there is no file yet.
+    """
+
+    columns: dict[str, Column]
+
+    @property
+    def num_epochs(self) -> int:
+        return len(self.columns.get("epoch", ()))
+
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks with an accuracy of their own, in the network's order."""
+        names = [name.removesuffix("_acc") for name in self.columns if name.endswith("_acc")]
+        return tuple(name for name in names if name not in _NETWORK)
 
 
 class RunDirectory:
@@ -164,6 +192,45 @@ class RunDirectory:
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(self.metrics_path, text.getvalue().encode())
+
+    def read_metrics(self) -> Metrics:
+        """metrics.csv, without a last line that was cut.
+
+        Raises:
+            UserError: names the line, or the column, that is not as :meth:`write_metrics` makes it.
+        """
+        path = self.metrics_path
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return Metrics({})
+        except ValueError as error:
+            raise UserError(f"{path} can't be read: it is no text ({error}).") from error
+        remedy = "Restore the file, or resume the run, which writes it anew."
+        lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
+        if not lines:
+            return Metrics({})
+        headings = lines[0]
+        if missing := [name for name in _NEEDED if name not in headings]:
+            raise UserError(f"{path} can't be read: it has no column {missing[0]}. {remedy}")
+        rows = []
+        for number, cells in enumerate(lines[1:], start=2):
+            try:
+                if len(cells) != len(headings):
+                    raise ValueError(f"{len(cells)} values for {len(headings)} columns")
+                rows.append([_finite(cell) for cell in cells])
+            except ValueError as error:
+                raise UserError(
+                    f"{path} can't be read: line {number} is wrong ({error}). {remedy}"
+                ) from error
+        return Metrics({name: tuple(row[i] for row in rows) for i, name in enumerate(headings)})
+
+
+def _finite(cell: str) -> float | None:
+    if not cell:
+        return None
+    value = float(cell)
+    return value if math.isfinite(value) else None
 
 
 def _check_version(value: dict[str, Any], origin: Path) -> None:

@@ -21,7 +21,7 @@ from locallearn.recipes.plan import (
     make_plan,
 )
 from locallearn.recipes.recipe import Recipe, RecipeTable, list_tables, read_table
-from locallearn.recipes.results import RowResult, Spread, collect
+from locallearn.recipes.results import RowResult, collect
 from locallearn.recipes.writing import rehearsal_lines, remarks, say_runs, write_table
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "Recipe",
     "RecipeTable",
     "RowResult",
-    "Spread",
     "Started",
     "Stopped",
     "TableListener",

@@ -17,9 +17,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
 
+from locallearn.analysis.measured import read_peak_mib
 from locallearn.recipes.messages import Failed, Finished, Message, Outcome, Started, Stopped
 from locallearn.recipes.plan import Cell, CellState
-from locallearn.recipes.step_memory import read_peak_mib
 from locallearn.recipes.worker import OF_THE_TERMINAL, log_path, work
 
 _POLL_SECONDS = 0.2
@@ -112,7 +112,7 @@ def _to_run(cells: Sequence[Cell]) -> list[Cell]:
     for cell in cells:
         if cell.state() is not CellState.DONE:
             chosen.append(cell)
-        elif cell.folder not in measured and read_peak_mib(cell.folder) is None:
+        elif cell.folder not in measured and read_peak_mib(cell.path) is None:
             measured.add(cell.folder)
             chosen.append(cell)
     return chosen

@@ -8,32 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from locallearn.analysis import Cost, step_cost
+from locallearn.analysis import Cost, MeanStd, run_cost
+from locallearn.analysis.measured import read_peak_mib
 from locallearn.engine import RunConfig, RunDirectory
-from locallearn.engine.building import build_network
 from locallearn.engine.config import rule_options, train_command
 from locallearn.errors import UserError
 from locallearn.recipes.plan import Cell, CellState, Plan
 from locallearn.recipes.recipe import Recipe
-from locallearn.recipes.step_memory import read_peak_mib
 from locallearn.rules import build_rule
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation; std is None of a single value."""
-
-    mean: float
-    std: float | None
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -85,14 +67,14 @@ class RowResult:
     peak_activation_mib: float | None = None
 
     @property
-    def test_acc(self) -> Spread | None:
+    def test_acc(self) -> MeanStd | None:
         """Percent, after the last epoch."""
-        return Spread.of([run.test_acc for run in self.runs]) if self.runs else None
+        return MeanStd.of([run.test_acc for run in self.runs]) if self.runs else None
 
     @property
-    def best_test_acc(self) -> Spread | None:
+    def best_test_acc(self) -> MeanStd | None:
         """Percent, after the epoch that was best on the test set, as the authors report it."""
-        return Spread.of([run.best_test_acc for run in self.runs]) if self.runs else None
+        return MeanStd.of([run.best_test_acc for run in self.runs]) if self.runs else None
 
     @property
     def step_time_ms(self) -> float | None:
@@ -131,12 +113,13 @@ def _row(plan: Plan, recipe: Recipe) -> RowResult:
     )
     if not done:
         return row
-    cost, bp_signal_macs = _costs(configs[0])
+    row = dataclasses.replace(row, peak_activation_mib=read_peak_mib(done[0].path))
+    if settings.group_blocks > 1 or settings.head_after_pool:
+        return row  # of these, costs are not counted
     return dataclasses.replace(
         row,
-        cost=cost,
-        bp_signal_macs=bp_signal_macs,
-        peak_activation_mib=read_peak_mib(done[0].folder),
+        cost=run_cost(configs[0]),
+        bp_signal_macs=run_cost(configs[0], build_rule("bp")).learning_signal_macs,
     )
 
 
@@ -171,25 +154,3 @@ def _run(cell: Cell, config: RunConfig) -> RunResult:
         command=train_command(settings),
         environment=config.environment,
     )
-
-
-def _costs(config: RunConfig) -> tuple[Cost | None, int | None]:
-    """Of a run's step, and of backpropagation's learning signal; groups of blocks, and heads after
-    the pool, are not counted."""
-    if config.settings.group_blocks > 1 or config.settings.head_after_pool:
-        return None, None
-    settings, num_classes = config.settings, len(config.class_names)
-    shape = (config.inputs.num_channels, *config.inputs.image_size)
-    with torch.device("meta"):
-        model = build_network(settings, config.inputs, num_classes)
-    ours, backprop = (
-        step_cost(
-            model,
-            rule,
-            image_shape=shape,
-            batch_size=settings.batch_size,
-            bytes_per_value=2 if settings.precision == "bf16" else 4,
-        )
-        for rule in (settings.build_rule(), build_rule("bp"))
-    )
-    return ours, backprop.learning_signal_macs

@@ -1,12 +1,12 @@
-"""The peak memory of a recipe's training step, measured once and kept beside its runs."""
+"""The peak memory of a recipe's training step, measured once and written beside its runs."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
+from locallearn.analysis.measured import step_path
 from locallearn.engine import RunConfig, choose_device
 from locallearn.engine.building import build_learner
 from locallearn.engine.environment import describe_environment
@@ -15,28 +15,13 @@ from locallearn.engine.graphs import NUM_WARM_UP_STEPS
 from locallearn.engine.measuring import peak_memory_bytes
 from locallearn.errors import UserError
 
-_NAME = "step.json"
 
-
-def read_peak_mib(folder: Path) -> float | None:
-    """MiB, beyond weights, optimizer state and images; None where it was not measured.
-
-    Arguments:
-        folder: that holds the run directories of a recipe.
-    """
-    try:
-        value = json.loads((folder / _NAME).read_text(encoding="utf-8"))["peak_activation_mib"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return float(value)
-
-
-def measure_peak(folder: Path, config: RunConfig) -> None:
+def measure_peak(run: Path, config: RunConfig) -> None:
     """Take steps as such a run does, on noise, and write what the last one held at most.
 
     Arguments:
-        folder: that holds the run.
-        config: of the run.
+        run: its directory.
+        config: its own.
 
     Raises:
         UserError: the run's device is not there, or tells nothing of its memory.
@@ -58,7 +43,7 @@ def measure_peak(folder: Path, config: RunConfig) -> None:
         learner.step(images, labels)
     peak = peak_memory_bytes(lambda: learner.step(images, labels), device)
     write_json(
-        folder / _NAME,
+        step_path(run),
         {
             "peak_activation_mib": peak / 2**20,
             "backend": settings.backend,

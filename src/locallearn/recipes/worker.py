@@ -11,6 +11,7 @@ import traceback
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from locallearn.analysis.measured import read_peak_mib
 from locallearn.data import SilentListener, Work
 from locallearn.engine import (
     Interrupted,
@@ -35,7 +36,7 @@ from locallearn.recipes.messages import (
     Started,
     Stopped,
 )
-from locallearn.recipes.step_memory import measure_peak, read_peak_mib
+from locallearn.recipes.step_memory import measure_peak
 
 # Between snapshots of a run's progress.
 _PROGRESS_SECONDS = 0.5
@@ -105,11 +106,11 @@ def _train(settings: TrainConfig, path: Path, teller: _Teller) -> dict[str, obje
 
 
 def _measure(path: Path, teller: _Teller) -> None:
-    if read_peak_mib(path.parent) is not None:
+    if read_peak_mib(path) is not None:
         return
     teller.tell(Busy("measuring the memory of a step"))
     try:
-        measure_peak(path.parent, RunDirectory(path).read_config())
+        measure_peak(path, RunDirectory(path).read_config())
     except (UserError, RuntimeError) as error:  # torch's own for a device or its memory
         traceback.print_exc()
         teller.on_note(f"the memory of a step was not measured: {_one_line(str(error))}")

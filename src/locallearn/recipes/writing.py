@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from locallearn.analysis import Cost
+from locallearn.analysis import Cost, MeanStd
 from locallearn.engine.files import write_atomically, write_json
 from locallearn.recipes.plan import Plan
-from locallearn.recipes.results import RowResult, Spread
+from locallearn.recipes.results import RowResult
 
 _NOTHING = "-"
 _REHEARSAL = "A rehearsal, not the recipes as they are written:"
@@ -29,7 +29,7 @@ class _Column:
     is_number: bool = True
 
 
-def _spread(spread: Spread | None) -> str:
+def _spread(spread: MeanStd | None) -> str:
     return _NOTHING if spread is None else str(spread)
 
 

@@ -17,7 +17,7 @@ MakeRun = Callable[..., Path]
 
 def run_config(settings: dict[str, Any], **others: Any) -> RunConfig:
     """As `Trainer.start` makes it, of grey images in ten classes: digits' 8x8, or 32x32."""
-    backend = settings.pop("backend", "autograd")
+    own = {"device": settings.pop("device", "cpu"), "backend": settings.pop("backend", "autograd")}
     given = {"device": "cpu", "num_threads": 1, "epochs": 3, **settings}
     side = 8 if given.get("dataset", "digits") == "digits" else 32
     data = {
@@ -37,7 +37,7 @@ def run_config(settings: dict[str, Any], **others: Any) -> RunConfig:
         "created": "2026-11-21T10:03:59+00:00",
     }
     return RunConfig(
-        settings=replace(TrainConfig(**given).resolve(), backend=backend),
+        settings=replace(TrainConfig(**given).resolve(), **own),
         inputs=InputSpec((side, side), 1, None, (0.3,), (0.4,)),
         class_names=tuple("0123456789"),
         data=data | others["data"],

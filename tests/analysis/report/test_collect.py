@@ -22,9 +22,9 @@ def only(path: Path) -> RecordedRun:
 def test_finished_run(make_run) -> None:
     run = only(make_run("a", (50.0, 62.5, 60.0), blocks=("conv1", "linear1")))
     assert (run.name, run.is_finished, run.num_epochs) == ("a", True, 3)
-    assert run.columns["test_acc"] == (50.0, 62.5, 60.0)
+    assert run.metrics.columns["test_acc"] == (50.0, 62.5, 60.0)
     assert run.last("test_acc") == 60.0
-    assert run.blocks() == ("conv1", "linear1")
+    assert run.metrics.blocks() == ("conv1", "linear1")
     # 1000 images at 500 a second.
     assert run.seconds() == (2.0, 4.0, 6.0)
 
@@ -46,26 +46,17 @@ def test_metrics_that_were_cut_lose_the_cut_line_alone(make_run) -> None:
     path = make_run("a", (50.0, 60.0))
     metrics = path / "metrics.csv"
     metrics.write_text(metrics.read_text()[:-3])  # 250.0 without its end would be another number
-    assert only(path).columns["test_acc"] == (50.0,)
+    assert only(path).metrics.columns["test_acc"] == (50.0,)
     metrics.write_text("")
     assert only(path).num_epochs == 0
 
 
-def test_values_that_are_missing_or_no_number_are_gaps(make_run) -> None:
-    path = make_run("a", (50.0, 60.0))
-    (path / "metrics.csv").write_text("epoch,test_acc,test_loss\n1,nan,\n2,60.0,inf\n")
-    run = only(path)
-    assert run.columns["test_acc"] == (None, 60.0)
-    assert run.columns["test_loss"] == (None, None)
-
-
-def test_metrics_that_are_none_are_named(make_run) -> None:
+def test_metrics_without_a_column_are_named(make_run) -> None:
     path = make_run("a")
-    (path / "metrics.csv").write_text("epoch,test_acc\n1,50.0\n2\n")
-    with pytest.raises(UserError, match=r"metrics\.csv can't be read: line 3 .*1 values for 2"):
-        collect_runs([path])
-    (path / "metrics.csv").write_text("epoch,test_acc\n1,many\n")
-    with pytest.raises(UserError, match=r"line 2 is wrong .*'many'"):
+    (path / "metrics.csv").write_text("epoch,test_acc,conv1_acc\n1,50.0,20.0\n")
+    with pytest.raises(
+        UserError, match=r"a/metrics\.csv can't be read: it has no column train_acc"
+    ):
         collect_runs([path])
 
 
@@ -108,9 +99,29 @@ def test_what_is_no_run(make_run, tmp_path: Path) -> None:
         config.write_text(text)
         with pytest.raises(UserError, match=message):
             collect_runs([config.parent])
-    config.write_text("{")  # found on the way, it may be a run's
+    config.write_text('{"format": "locallearn-run",')  # found on the way, too
     with pytest.raises(UserError, match=r"config\.json is no valid JSON"):
         collect_runs([tmp_path])
+
+
+def test_what_others_wrote_is_passed_over_and_told(make_run, tmp_path: Path) -> None:
+    make_run("t/b")
+    for name, content in (("a", b"{"), ("c", b"\xff\xfe"), ("d", b"[]"), ("e", b"")):
+        (tmp_path / "t" / name).mkdir()
+        (tmp_path / "t" / name / "config.json").write_bytes(content)
+    foreign: list[Path] = []
+    assert [run.name for run in collect_runs([tmp_path / "t"], foreign.append)] == ["b"]
+    assert [path.parent.name for path in foreign] == ["a", "c", "d", "e"]
+
+
+def test_links_are_followed_to_runs_alone(make_run, tmp_path: Path) -> None:
+    make_run("store/one")
+    make_run("t/two")
+    (tmp_path / "t/one").symlink_to(tmp_path / "store/one", target_is_directory=True)
+    (tmp_path / "t/again").symlink_to(tmp_path / "t/two", target_is_directory=True)
+    (tmp_path / "t/above").symlink_to(tmp_path, target_is_directory=True)
+    make_run("elsewhere")
+    assert [run.name for run in collect_runs([tmp_path / "t"])] == ["again", "one"]
 
 
 def test_costs_are_those_of_step_cost(make_run) -> None:
@@ -136,6 +147,9 @@ def test_costs_are_those_of_step_cost(make_run) -> None:
         ({"rule": "lls", "backend": "reference"}, True, False),
         ({"rule": "bp"}, True, False),
         ({"rule": "bp", "bp_memory": "checkpoint"}, False, False),
+        ({"rule": "bp", "dropout": 0.1}, False, False),
+        ({"rule": "lls", "dropout": 0.1, "backend": "reference"}, True, False),
+        ({"rule": "lls", "device": "cuda", "backend": "triton"}, False, False),
         ({"rule": "dfa"}, False, False),
         ({"rule": "lls", "norm": "none"}, False, False),
         ({"rule": "lls", "activation": "tanh"}, False, False),
@@ -147,6 +161,22 @@ def test_memory_is_given_where_it_is_counted(make_run, settings, is_counted, is_
     cost = only(make_run("a", **settings)).cost
     assert (cost.peak_activation_mib is not None) == is_counted
     assert cost.is_of_closed_form == is_marked
+
+
+def test_memory_that_reproduce_measured_is_read(make_run, tmp_path: Path) -> None:
+    paths = [make_run(f"lls/3-epochs/seed-{seed}", seed=seed) for seed in (0, 1)]
+    step = tmp_path / "lls/3-epochs/step.json"
+    for text, expected in (
+        ('{"peak_activation_mib": 71.25, "environment": {}}', 71.25),
+        ('{"peak_activation_mib": "much"}', None),
+        ('{"peak_activation_mib": NaN}', None),
+        ("[]", None),
+        ("{", None),
+    ):
+        step.write_text(text)
+        assert [only(path).measured_peak_mib for path in paths] == [expected] * 2
+    step.unlink()
+    assert only(paths[0]).measured_peak_mib is None
 
 
 def test_figures(make_run) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 
+from locallearn.analysis import MeanStd
 from locallearn.analysis.report import collect_runs
 from locallearn.analysis.report.compare import (
     Group,
     Property,
     environment_of,
     group_runs,
+    mean_std,
     settings_of,
-    statistic,
 )
 
 
@@ -22,16 +24,11 @@ def groups_of(*paths: Path) -> list[Group]:
     return group_runs(collect_runs(paths))
 
 
-def test_statistic_by_hand() -> None:
-    found = statistic([2.0, None, 4.0, 9.0])
-    assert found is not None
+def test_mean_and_deviation_of_what_is_there() -> None:
     # Deviations -3, -1, 4: squares sum to 26, over n - 1 = 2.
-    assert (found.mean, found.n) == (5.0, 3)
-    assert found.std == pytest.approx(math.sqrt(13))
-    one = statistic([7.0])
-    assert one is not None
-    assert (one.mean, one.std, one.n) == (7.0, None, 1)
-    assert statistic([None]) is None
+    assert mean_std([2.0, None, 4.0, 9.0]) == MeanStd(5.0, pytest.approx(math.sqrt(13)))
+    assert mean_std([7.0]) == MeanStd(7.0, None)
+    assert mean_std([None]) is None
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_group(make_run) -> None:
@@ -47,6 +44,14 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(make_run) -> None:
     assert [each.mean for each in curve if each] == [45.0, 60.0, 85.0]
     assert [each.std for each in curve if each] == pytest.approx([math.sqrt(50), 0, math.sqrt(50)])
     assert group.seconds() == [2.0, 4.0, 6.0]
+
+
+def test_what_only_some_seeds_recorded_ends_with_the_others(make_run) -> None:
+    long, short = make_run("a"), make_run("b", seed=1)
+    lines = (short / "metrics.csv").read_text().splitlines(keepends=True)
+    (short / "metrics.csv").write_text("".join(lines[:-1]).replace("test_loss", "other"))
+    (group,) = groups_of(long, short)
+    assert group.num_epochs == len(group.curve("test_loss")) == len(group.seconds()) == 2
 
 
 @pytest.mark.parametrize(
@@ -96,6 +101,26 @@ def test_one_label_has_one_look_in_every_task(make_run) -> None:
     ]
 
 
+def test_machines_are_named_only_where_nothing_else_differs(make_run) -> None:
+    groups = groups_of(
+        make_run("a", backend="compiled"),
+        make_run("b", backend="autograd", rule="bp", num_threads=2),
+    )
+    assert [group.label for group in groups] == ["lls", "bp"]
+    groups = groups_of(
+        make_run("a", backend="compiled"),
+        make_run("c", backend="reference"),
+        make_run("d", backend="reference", num_threads=2),
+        make_run("e", backend="compiled", model="smallconv-l"),
+    )
+    assert [group.label for group in groups] == [
+        "lls, backend compiled",
+        "lls, backend reference, num threads 1",
+        "lls, backend reference, num threads 2",
+        "lls",
+    ]
+
+
 def test_labels_that_would_be_alike_name_the_run(make_run) -> None:
     labels = [group.label for group in groups_of(make_run("old"), make_run("new"))]
     assert labels == ["lls (old)", "lls (new)"]
@@ -107,7 +132,47 @@ def test_folders_are_tasks_of_their_own(make_run) -> None:
         make_run("a", data_dir="/data/cats", **settings),
         make_run("b", data_dir="/data/birds", data={"fingerprint": "3-4"}, **settings),
     )
-    assert [g.task for g in groups] == ["folder cats, smallconv", "folder birds, smallconv"]
+    assert [g.task for g in groups] == ["cats, smallconv", "birds, smallconv"]
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        ({"fingerprint": "1-9"}, ["cats, smallconv, test data 2", "cats, smallconv, test data 9"]),
+        (
+            {"fingerprint": "1-9", "num_test": 1500},
+            ["cats, smallconv, 200 test images", "cats, smallconv, 1,500 test images"],
+        ),
+        ({"fingerprint": "9-2"}, ["cats, smallconv"] * 2),  # trained on others, tested on the same
+    ],
+)
+def test_other_test_images_are_another_task(make_run, data, names) -> None:
+    settings = {"dataset": "folder"}
+    groups = groups_of(
+        make_run("a", data_dir="/one/cats", **settings),
+        make_run("b", data_dir="/two/cats", rule="bp", data=data, **settings),
+    )
+    assert [g.task for g in groups] == names
+
+
+def test_other_classes_are_another_task(make_run) -> None:
+    paths = [make_run("a"), make_run("b", rule="bp"), make_run("c", rule="dfa")]
+    for path, old, new in ((paths[1], '"9"', '"nine"'), (paths[2], '"8",', "")):
+        text = (path / "config.json").read_text()
+        (path / "config.json").write_text(re.sub(rf"\n *{old}", f"\n{new}", text))
+    first, second, third = (group.task for group in groups_of(*paths))
+    assert first.startswith("digits, smallconv, 10 classes, class names ")
+    assert second.startswith("digits, smallconv, 10 classes, class names ")
+    assert (first != second, third) == (True, "digits, smallconv, 9 classes")
+
+
+def test_data_that_was_moved_is_the_same_task(make_run) -> None:
+    settings = {"dataset": "folder"}
+    groups = groups_of(
+        make_run("a", data_dir="/one/cats", **settings),
+        make_run("b", data_dir="/two/copy", rule="bp", **settings),
+    )
+    assert [g.task for g in groups] == ["cats, smallconv"] * 2
 
 
 def test_settings_that_differ(make_run) -> None:

@@ -163,6 +163,54 @@ def test_times_of_different_devices_have_no_winner(make_run) -> None:
     assert "shortest step" not in page_of(*runs).text()
 
 
+@pytest.mark.parametrize(
+    ("other", "has_time", "has_memory"),
+    [
+        ({}, True, True),
+        ({"batch_size": 32}, False, False),
+        ({"precision": "bf16"}, False, False),
+        ({"compile": True}, False, False),  # whose memory is not counted
+        ({"num_threads": 2}, False, True),
+        ({"environment": {"device_name": "another"}}, False, True),
+        # Other test images: two tasks, and no winner of anything.
+        ({"data": {"fingerprint": "1-3"}}, False, False),
+    ],
+)
+def test_only_what_compares_has_a_winner(make_run, other, has_time, has_memory) -> None:
+    runs = [make_run("a", backend="reference"), make_run("b", (1.0, 2.0, 3.0), rule="bp", **other)]
+    slower = runs[1] / "metrics.csv"
+    slower.write_text(slower.read_text().replace("250.0", "300.0"))
+    page = page_of(*runs)
+    headings = [text for tag, text in page.texts if tag == "dt"]
+    assert ("shortest step" in headings) == has_time
+    assert ("least activation memory" in headings) == has_memory
+    is_one_task = "data" not in other
+    assert ("highest test accuracy" in headings) == is_one_task
+    assert [text for tag, text in page.texts if tag == "strong"] == ["70.00"] * is_one_task
+
+
+def test_measured_memory_is_told_from_counted(make_run) -> None:
+    lls, bp = make_run("lls/seed-0"), make_run("bp/seed-0", rule="bp")
+    text = page_of(lls, bp).text()
+    assert re.search(r"[\d.]+† counted", text)
+    assert "held more" in text
+    (lls.parent / "step.json").write_text('{"peak_activation_mib": 7.25}')
+    page = page_of(lls, bp)
+    cells = [text for tag, text in page.texts if tag == "td"]
+    assert cells.count("7.25 measured") == 2  # in the table and beside the bar
+    assert sum(cell.endswith(" counted") for cell in cells) == 2
+    assert "held more" not in page.text()
+    assert "least activation memory" not in page.text()  # measured against counted
+    (bp.parent / "step.json").write_text('{"peak_activation_mib": 9.5}')
+    assert "least activation memory 7.25 MiB lls next: bp, 9.5" in page_of(lls, bp).text()
+
+
+def test_a_folder_s_data_is_named(make_run) -> None:
+    page = page_of(make_run("a", dataset="folder", data_dir="/data/cats"))
+    assert ("h1", "lls on cats, smallconv") in page.texts
+    assert ("td", "cats (folder)") in page.texts
+
+
 def test_charts_hold_the_values(several) -> None:
     values = values_of(html_of(*several))
     chart = values["t0-test_acc"]
@@ -215,8 +263,12 @@ def test_figures_are_embedded(make_run) -> None:
     assert (
         spectra["src"] == "data:image/svg+xml;base64," + base64.b64encode(b"<svg>1</svg>").decode()
     )
-    assert spectra["alt"] == "spectra: Spectra of the 4th block"
+    assert spectra["alt"] == "spectra"
     assert cam["src"] == "data:image/png;base64,cG5n"
+    # Each in a box that scrolls; the run's name stays with the first of them when printed.
+    html = html_of(path)
+    assert len(re.findall(r'<div class="scroll" tabindex="0"[^>]*><img ', html)) == 2
+    assert len(re.findall(r'<div class="first">\s*<h3>a</h3>\s*<figure>', html)) == 1
     assert ("figcaption", "cam.png") in page.texts
 
 
@@ -229,6 +281,13 @@ def test_commands_are_those_of_the_runs(several) -> None:
     rest = "--epochs 3 --device cpu --backend autograd --num-threads 1"
     assert commands[0] == f"locallearn train {model} {rest}"
     assert commands[1] == f"locallearn train {model} {rest} --seed 1"
+
+
+def test_commands_keep_the_data_and_leave_the_cache(make_run) -> None:
+    run = make_run("a", dataset="folder", data_dir="/data/cats", cache="/tmp/decoded")
+    (command,) = [text for _, text in page_of(run).texts if text.startswith("locallearn train ")]
+    assert "--data-dir /data/cats" in command
+    assert "--cache" not in command
 
 
 def test_run_without_an_epoch_alone(make_run) -> None:

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
-from locallearn.analysis.cost import Cost, step_cost
-from locallearn.engine import RunConfig, RunDirectory
-from locallearn.engine.run import FORMAT
+from locallearn.analysis.cost import run_cost
+from locallearn.analysis.measured import read_peak_mib
+from locallearn.engine import Metrics, RunConfig, RunDirectory
+from locallearn.engine.run import FORMAT, Column
 from locallearn.errors import UserError
-from locallearn.models import build_model
 from locallearn.rules import Backprop, ErrorRule, Pepita
 
-# Columns of metrics.csv that are the network's, and no block's.
-_NETWORK = ("train", "test", "val")
 _FIGURE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
-
-Column = tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class RunCost:
-    """What a step of a run costs, counted (`analysis.step_cost`); None where it is not.
+    """What a step of a run costs, counted (`analysis.run_cost`); None where it is not.
 
     Arguments:
         learning_signal_macs, total_macs: for each image.
@@ -76,25 +68,27 @@ class RecordedRun:
         path: its directory.
         name: what tells it from the others, a part of its path.
         config: what config.json holds.
-        columns: metrics.csv by column, a value an epoch; None where a value is missing or not
-            finite.
+        metrics: what metrics.csv holds.
         summary: what summary.json holds; None of a run that is not finished.
         cost: of its step.
+        measured_peak_mib: of its step, as `peak_activation_mib` of the cost; None where it was not
+            measured.
         figures: that were made of it.
     """
 
     path: Path
     name: str
     config: RunConfig
-    columns: dict[str, Column]
+    metrics: Metrics
     summary: dict[str, Any] | None
     cost: RunCost
+    measured_peak_mib: float | None
     figures: tuple[Figure, ...]
 
     @property
     def num_epochs(self) -> int:
         """Recorded ones."""
-        return len(self.columns.get("epoch", ()))
+        return self.metrics.num_epochs
 
     @property
     def is_finished(self) -> bool:
@@ -104,13 +98,8 @@ class RecordedRun:
         """The value after the last epoch; None where there is none."""
         if self.summary is not None and isinstance(self.summary.get(column), float):
             return float(self.summary[column])
-        values = self.columns.get(column, ())
+        values = self.metrics.columns.get(column, ())
         return values[-1] if values else None
-
-    def blocks(self) -> tuple[str, ...]:
-        """Names of the blocks with an accuracy of their own, in the network's order."""
-        names = [name.removesuffix("_acc") for name in self.columns if name.endswith("_acc")]
-        return tuple(name for name in names if name not in _NETWORK)
 
     def seconds(self) -> Column:
         """Of training, up to the end of each epoch: the sum of images / (images a second)."""
@@ -119,14 +108,21 @@ class RecordedRun:
             num_images -= 1  # a last batch of one image is left out
         total: float | None = 0.0
         sums = []
-        for rate in self.columns.get("images_per_second", ()):
+        for rate in self.metrics.columns.get("images_per_second", ()):
             total = None if total is None or not rate else total + num_images / rate
             sums.append(total)
         return tuple(sums)
 
 
-def collect_runs(paths: Sequence[Path]) -> list[RecordedRun]:
+def collect_runs(
+    paths: Sequence[Path], on_foreign: Callable[[Path], None] | None = None
+) -> list[RecordedRun]:
     """The runs in these directories and below them, each once, in the order given.
+
+    Arguments:
+        paths: directories, of runs or above them.
+        on_foreign: is told of each config.json below them that locallearn did not write; what is
+            beside it is passed over.
 
     Raises:
         UserError: a path that is no directory or holds no run, or a run that can't be read.
@@ -134,7 +130,7 @@ def collect_runs(paths: Sequence[Path]) -> list[RecordedRun]:
     """
     found: dict[Path, tuple[Path, str]] = {}
     for path in paths:
-        for directory in _find(path):
+        for directory in _find(path, on_foreign or (lambda _: None)):
             below = directory.relative_to(path).as_posix()
             name = below if below != "." else path.resolve().name
             found.setdefault(directory.resolve(), (directory, name))
@@ -146,8 +142,8 @@ def collect_runs(paths: Sequence[Path]) -> list[RecordedRun]:
     ]
 
 
-def _find(path: Path) -> list[Path]:
-    """The directory itself, if it is a run's, or those of the runs below it."""
+def _find(path: Path, on_foreign: Callable[[Path], None]) -> list[Path]:
+    """The directory itself, if it is a run's, or those of the runs below it, in order."""
     if not path.is_dir():
         raise UserError(
             f"{path} is no directory; expected a run directory, or one with runs in it."
@@ -159,25 +155,39 @@ def _find(path: Path) -> list[Path]:
         raise error
 
     found = []
-    for folder, below, files in os.walk(path, onerror=stop):
+    for folder, below, _ in os.walk(path, onerror=stop):
         below.sort()
-        if "config.json" in files and _is_run(Path(folder, "config.json")):
-            found.append(Path(folder))
-            below.clear()
+        # A link may lead anywhere: it is followed to a run, and not searched.
+        links = [Path(folder, name) for name in below if Path(folder, name).is_symlink()]
+        for place in (Path(folder), *links):
+            config = place / "config.json"
+            if not config.is_file():
+                continue
+            if not _is_run(config):
+                on_foreign(config)
+                continue
+            found.append(place)
+            if place == Path(folder):
+                below.clear()
+                break
     if not found:
         raise UserError(
             f"{path} holds no run, and no directory below it does (a run has a config.json that "
             f"`locallearn train` wrote). Give run directories."
         )
-    return found
+    return sorted(found)
 
 
 def _is_run(config: Path) -> bool:
-    """Whether locallearn wrote it: others name their files so, too."""
+    """Whether locallearn wrote it: others name their files so, too. Raises UserError where it did,
+    and the file is broken."""
+    content = config.read_bytes()
     try:
-        value = json.loads(config.read_text(encoding="utf-8"))
+        value = json.loads(content)
     except ValueError as error:
-        raise UserError(f"{config} is no valid JSON ({error}).") from error
+        if f'"{FORMAT}"'.encode() in content:
+            raise UserError(f"{config} is no valid JSON ({error}).") from error
+        return False
     return isinstance(value, dict) and value.get("format") == FORMAT
 
 
@@ -208,48 +218,12 @@ def _read(directory: Path, name: str, costs: dict[str, RunCost]) -> RecordedRun:
         path=directory,
         name=name,
         config=config,
-        columns=_read_columns(run.metrics_path),
+        metrics=run.read_metrics(),
         summary=run.read_summary(),
         cost=costs[key],
+        measured_peak_mib=read_peak_mib(directory.resolve()),
         figures=_read_figures(directory / "figures"),
     )
-
-
-def _read_columns(path: Path) -> dict[str, Column]:
-    """metrics.csv by column; nothing where there is none. A last line that was cut is left out.
-
-    Raises:
-        UserError: names the line that is none of metrics.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path} can't be read: it is no text ({error}).") from error
-    lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
-    if not lines:
-        return {}
-    headings, rows = lines[0], lines[1:]
-    values = []
-    for number, row in enumerate(rows, start=2):
-        try:
-            if len(row) != len(headings):
-                raise ValueError(f"{len(row)} values for {len(headings)} columns")
-            values.append([_finite(cell) for cell in row])
-        except ValueError as error:
-            raise UserError(
-                f"{path} can't be read: line {number} is wrong ({error}). Restore the file, or "
-                f"resume the run, which writes it anew."
-            ) from error
-    return {name: tuple(row[i] for row in values) for i, name in enumerate(headings)}
-
-
-def _finite(cell: str) -> float | None:
-    if not cell:
-        return None
-    value = float(cell)
-    return value if math.isfinite(value) else None
 
 
 def _read_figures(folder: Path) -> tuple[Figure, ...]:
@@ -282,32 +256,23 @@ def _caption(path: Path) -> tuple[str, str]:
 
 
 def _cost(config: RunConfig) -> RunCost:
-    settings, inputs = config.settings, config.inputs
-    with torch.device("meta"):
-        model = build_model(
-            settings.model,
-            num_classes=len(config.class_names),
-            in_channels=inputs.num_channels,
-            image_size=inputs.image_size,
-            width=settings.width,
-            style=settings.block_style(),
-        )
+    settings = config.settings
+    cost = run_cost(config)
     if settings.group_blocks > 1:  # backpropagation goes on within each: not counted
-        num_params = sum(p.numel() for p in model.parameters())
-        return RunCost(None, None, None, num_params, None, is_of_closed_form=False)
-    rule = settings.build_rule()
-    cost: Cost = step_cost(
-        model,
-        rule,
-        image_shape=(inputs.num_channels, *inputs.image_size),
-        batch_size=settings.batch_size,
-        bytes_per_value=2 if settings.precision == "bf16" else 4,
-    )
+        return RunCost(None, None, None, cost.num_params, None, is_of_closed_form=False)
+    rule, style = settings.build_rule(), settings.block_style()
     peak = cost.peak_activation_mib
-    style = settings.block_style()
-    # What is counted is blocks with BatchNorm and (Leaky)ReLU, and heads before the max-pool.
-    is_usual = style.norm == "batch" and style.activation != "tanh"
-    if not is_usual or settings.head_after_pool or settings.compile:
+    # What is counted is what PyTorch makes on the CPU of blocks with BatchNorm and (Leaky)ReLU and
+    # of heads before the max-pool; and of backpropagation without the masks of dropout.
+    is_usual = (
+        settings.device == "cpu"
+        and not settings.compile
+        and not settings.head_after_pool
+        and style.norm == "batch"
+        and style.activation != "tanh"
+        and not (settings.dropout and isinstance(rule, Backprop))
+    )
+    if not is_usual:
         peak = None
     is_local = not isinstance(rule, Backprop | ErrorRule | Pepita)
     is_of_closed_form = is_local and peak is not None and settings.backend == "autograd"

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import statistics
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from locallearn.analysis.mean_std import MeanStd
 from locallearn.analysis.report.collect import RecordedRun
-from locallearn.engine.config import chosen_settings
+from locallearn.engine.config import chosen_settings, data_name
 
 # Stands where there is nothing.
 NONE = "\N{EN DASH}"
 # Where a run's files lie changes nothing that it computes; folder's data is told by its content.
 _PLACES = ("data_dir", "cache")
 _COMMIT_DIGITS = 12
-# What a label always or never says by itself.
+# What a label never says; and what only where it would be another's.
 _NOT_IN_LABELS = ("seed", *_PLACES)
+_MACHINE = ("device", "backend", "num_threads")
 
 
-@dataclass(frozen=True)
-class Statistic:
-    """Mean and sample standard deviation (None of one value alone) of n values."""
-
-    mean: float
-    std: float | None
-    n: int
-
-
-def statistic(values: Iterable[float | None]) -> Statistic | None:
+def mean_std(values: Iterable[float | None]) -> MeanStd | None:
     """Of the values that are there; None where there are none."""
     known = [value for value in values if value is not None]
-    if not known:
-        return None
-    std = statistics.stdev(known) if len(known) > 1 else None
-    return Statistic(statistics.fmean(known), std, len(known))
+    return MeanStd.of(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -46,7 +35,7 @@ class Group:
     Arguments:
         runs: at least one.
         label: what tells it from the other groups of its task.
-        task: what it learns, dataset and network.
+        task: what it learns: a network, classes and test images. Equal for no others.
         style: number of its colour; that of every group with this label.
     """
 
@@ -69,21 +58,22 @@ class Group:
         """Recorded of every run."""
         return min(run.num_epochs for run in self.runs)
 
-    def over(self, value: Callable[[RecordedRun], float | None]) -> Statistic | None:
+    def over(self, value: Callable[[RecordedRun], float | None]) -> MeanStd | None:
         """The statistic of a value over the runs."""
-        return statistic(value(run) for run in self.runs)
+        return mean_std(value(run) for run in self.runs)
 
-    def last(self, column: str) -> Statistic | None:
+    def last(self, column: str) -> MeanStd | None:
         return self.over(lambda run: run.last(column))
 
-    def curve(self, column: str) -> list[Statistic | None]:
+    def curve(self, column: str) -> list[MeanStd | None]:
         """An epoch's statistic over the runs, for each epoch that all have."""
-        known = [run.columns[column] for run in self.runs if column in run.columns]
-        return [statistic(values) for values in zip(*known, strict=False)]
+        columns = [run.metrics.columns for run in self.runs]
+        known = [each[column][: self.num_epochs] for each in columns if column in each]
+        return [mean_std(values) for values in zip(*known, strict=True)]
 
     def seconds(self) -> list[float | None]:
         """Of training up to the end of each epoch, mean over the runs."""
-        sums = (statistic(at) for at in zip(*(run.seconds() for run in self.runs), strict=False))
+        sums = (mean_std(at) for at in zip(*(run.seconds() for run in self.runs), strict=False))
         return [None if each is None else each.mean for each in sums]
 
 
@@ -101,7 +91,7 @@ def group_runs(runs: Sequence[RecordedRun]) -> list[Group]:
         else:
             members.append((key, [run]))
     groups = [group for _, group in members]
-    tasks = [_task(group[0], runs) for group in groups]
+    tasks = _tasks([group[0] for group in groups])
     labels = _labels(groups, tasks)
     styles = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     made = [
@@ -122,36 +112,82 @@ def _key(run: RecordedRun) -> str:
     settings = config.settings.to_json()
     for name in ("seed", *_PLACES):
         del settings[name]
-    # train-test-val; what is held out for validation is the seed's.
-    parts = str(config.data["fingerprint"]).split("-")
-    data = parts[1:2] if config.settings.val_split else parts
+    # What is held out for validation is the seed's.
+    data = [_test_images(run)] if config.settings.val_split else _parts(run)
     return repr((settings, data, config.class_names, run.is_finished))
 
 
-def _task(run: RecordedRun, runs: Sequence[RecordedRun]) -> str:
-    """Dataset and network; of `folder` the directory's name, where there are several."""
-    settings = run.config.settings
-    folders = {r.config.settings.data_dir for r in runs if r.config.settings.dataset == "folder"}
-    dataset = settings.dataset
-    if dataset == "folder" and len(folders) > 1 and settings.data_dir:
-        dataset = f"folder {Path(settings.data_dir).name}"
-    return f"{dataset}, {settings.model}"
+def _tasks(runs: Sequence[RecordedRun]) -> list[str]:
+    """What each learns: data and network; and where others of that name have other classes or test
+    images, what differs. Data that was moved keeps its first name."""
+    data = [
+        (run.config.settings.dataset, run.config.class_names, _num_test(run), _test_images(run))
+        for run in runs
+    ]
+    first: dict[Any, str] = {}
+    for run, key in zip(runs, data, strict=True):
+        first.setdefault(key, data_name(run.config.settings))
+    names = [
+        f"{first[key]}, {run.config.settings.model}" for run, key in zip(runs, data, strict=True)
+    ]
+    together = [""] * len(runs)
+    for words in (
+        [f"{len(run.config.class_names)} classes" for run in runs],
+        [f"{_num_test(run):,} test images" for run in runs],
+        [f"test data {_test_images(run)}" for run in runs],
+        [f"class names {zlib.crc32(repr(run.config.class_names).encode()):08x}" for run in runs],
+    ):
+        names = _told_apart(names, words, together)
+    return names
+
+
+def _num_test(run: RecordedRun) -> int:
+    return int(run.config.data.get("num_test", 0))
+
+
+def _parts(run: RecordedRun) -> list[str]:
+    """Fingerprints of the images to train on, to test on, and of those held out, if any."""
+    return str(run.config.data["fingerprint"]).split("-")
+
+
+def _test_images(run: RecordedRun) -> str:
+    return "".join(_parts(run)[1:2])
+
+
+def _told_apart(names: Sequence[str], words: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    """The names; with the words behind those that are equal in a task although the words differ."""
+    said: dict[tuple[str, str], set[str]] = {}
+    for task, name, word in zip(tasks, names, words, strict=True):
+        said.setdefault((task, name), set()).add(word)
+    return [
+        f"{name}, {word}" if len(said[task, name]) > 1 else name
+        for task, name, word in zip(tasks, names, words, strict=True)
+    ]
 
 
 def _labels(groups: Sequence[Sequence[RecordedRun]], tasks: Sequence[str]) -> list[str]:
     """The rule of each, with those of its chosen settings in which groups differ.
 
-    Where that leaves two of a task alike, the name of the first run besides.
+    Where that leaves several of a task alike, device, backend and threads if those differ; where
+    that does, too, the name of the first run.
     """
-    chosen = [chosen_settings(group[0].config.settings) for group in groups]
+    settings = [group[0].config.settings for group in groups]
+    unsaid = (*_NOT_IN_LABELS, *_MACHINE)
+    chosen = [
+        {name: value for name, value in chosen_settings(each).items() if name not in unsaid}
+        for each in settings
+    ]
     labels = []
-    for group, own in zip(groups, chosen, strict=True):
-        words = [group[0].config.settings.rule]
-        for name, value in own.items():
-            differs = any(name not in other or other[name] != value for other in chosen)
-            if differs and name not in _NOT_IN_LABELS:
-                words.append(setting_text(name, value))
-        labels.append(", ".join(words))
+    for each, own in zip(settings, chosen, strict=True):
+        words = [
+            setting_text(name, value)
+            for name, value in own.items()
+            if any(name not in other or other[name] != value for other in chosen)
+        ]
+        labels.append(", ".join([each.rule, *words]))
+    for name in _MACHINE:
+        words = [setting_text(name, getattr(each, name)) for each in settings]
+        labels = _told_apart(labels, words, tasks)
     counts = Counter(zip(tasks, labels, strict=True))
     return [
         label if counts[task, label] == 1 else f"{label} ({group[0].name})"

@@ -12,7 +12,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import resources
 from typing import Any
@@ -21,6 +21,7 @@ from jinja2 import BaseLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from locallearn._version import __version__
+from locallearn.analysis.mean_std import MeanStd
 from locallearn.analysis.report.charts import (
     SMALL,
     Axis,
@@ -38,14 +39,13 @@ from locallearn.analysis.report.collect import Figure, RecordedRun, RunCost
 from locallearn.analysis.report.compare import (
     NONE,
     Group,
-    Statistic,
     environment_of,
     group_runs,
+    mean_std,
     setting_text,
     settings_of,
-    statistic,
 )
-from locallearn.engine.config import chosen_settings, train_command
+from locallearn.engine.config import chosen_settings, data_name, train_command
 
 # Curves: column of metrics.csv, title, digits behind the point.
 _CURVES = (
@@ -56,6 +56,9 @@ _CURVES = (
     ("train_loss", "Train loss", 4),
 )
 _MAX_TASKS_IN_SUMMARY = 4
+# Settings in which runs must agree for their times, and their memory, to have a winner.
+_SAME_FOR_TIME = ("batch_size", "precision", "compile", "device", "num_threads")
+_SAME_FOR_MEMORY = ("batch_size", "precision")
 _LONGEST_BLOCK_NAME = 11
 _MAX_OPEN_CHARTS = 12
 # Of a name below an axis, and of the axis; units of a chart's viewBox.
@@ -124,16 +127,13 @@ def render_report(
         has_blocks=any(task["blocks"] for task in tasks),
         has_several_seeds=any(len(group.runs) > 1 for group in groups),
         has_unfinished=not all(group.is_finished for group in groups),
-        is_of_closed_form=any(group.first.cost.is_of_closed_form for group in groups),
+        is_of_closed_form=any("†" in _peak(group).text for group in groups),
         differing_settings=[p for p in settings if p.differs],
         equal_settings=[p for p in settings if not p.differs],
         differing_versions=[p for p in versions if p.differs],
         equal_versions=[p for p in versions if not p.differs],
         figures=[(run, [_embedded(f) for f in run.figures]) for run in runs if run.figures],
-        commands=[
-            (group, [(run, train_command(run.config.settings)) for run in group.runs])
-            for group in groups
-        ],
+        commands=[(group, [(run, _command(run)) for run in group.runs]) for group in groups],
         charts=charts,
         swatch=swatch,
         setting_text=lambda name: name.replace("_", " "),
@@ -149,7 +149,7 @@ def render_report(
 def _title(groups: Sequence[Group]) -> str:
     tasks = list(dict.fromkeys(group.task for group in groups))
     rules = list(dict.fromkeys(group.first.config.settings.rule for group in groups))
-    what = tasks[0] if len(tasks) == 1 else f"{len(tasks)} pairs of dataset and model"
+    what = tasks[0] if len(tasks) == 1 else f"{len(tasks)} pairs of data and model"
     which = ", ".join(rules) if len(rules) <= 6 else f"{len(rules)} rules"
     return f"{which} on {what}"
 
@@ -214,19 +214,20 @@ def _tiles(groups: Sequence[Group]) -> list[_Tile]:
         tiles += [tile] if tile else []
     if len(tasks) > 1:
         return tiles
-    places = {
-        (run.config.environment["device_name"], run.config.settings.num_threads)
-        for group in groups
-        for run in group.runs
-    }
-    if len(places) == 1:
-        tile = _best("shortest step", "ms", groups, tasks[0], _step_time_of, "{:.1f}".format)
-        tiles += [tile] if tile else []
-    for heading, unit, value, form in (
-        ("fewest learning-signal MACs", "an image", _signal_of, _count_text),
-        ("least activation memory", "MiB", _peak_of, _short),
+    runs = [run for group in groups for run in group.runs]
+    timed, held = (
+        len({tuple(getattr(run.config.settings, name) for name in names) for run in runs}) == 1
+        for names in (_SAME_FOR_TIME, _SAME_FOR_MEMORY)
+    )
+    timed = timed and len({run.config.environment["device_name"] for run in runs}) == 1
+    # What was measured and what was counted are no match either.
+    held = held and len({group.first.measured_peak_mib is None for group in groups}) == 1
+    for heading, unit, value, form, is_fair in (
+        ("shortest step", "ms", _step_time_of, "{:.1f}".format, timed),
+        ("fewest learning-signal MACs", "an image", _signal_of, _count_text, True),
+        ("least activation memory", "MiB", _peak_of, _short, held),
     ):
-        tile = _best(heading, unit, groups, tasks[0], value, form)
+        tile = _best(heading, unit, groups, tasks[0], value, form) if is_fair else None
         tiles += [tile] if tile else []
     return tiles
 
@@ -236,7 +237,7 @@ def _best(
     unit: str,
     groups: Sequence[Group],
     task: str,
-    value: Callable[[Group], Statistic | None],
+    value: Callable[[Group], MeanStd | None],
     form: Callable[[float], str],
     *,
     highest: bool = False,
@@ -267,23 +268,25 @@ def _best(
 # -- table ------------------------------------------------------------------------------------
 
 
-def _accuracy_of(group: Group) -> Statistic | None:
+def _accuracy_of(group: Group) -> MeanStd | None:
     return group.last("test_acc")
 
 
-def _step_time_of(group: Group) -> Statistic | None:
+def _step_time_of(group: Group) -> MeanStd | None:
     return group.over(lambda run: _median(run, "step_time_ms"))
 
 
-def _signal_of(group: Group) -> Statistic | None:
+def _signal_of(group: Group) -> MeanStd | None:
     """Counted, and so the same for every seed."""
-    return statistic([group.first.cost.learning_signal_macs])
+    return mean_std([group.first.cost.learning_signal_macs])
 
 
-def _peak_of(group: Group) -> Statistic | None:
-    """Of the groups whose count is that of what they did."""
-    cost = group.first.cost
-    return None if cost.is_of_closed_form else statistic([cost.peak_activation_mib])
+def _peak_of(group: Group) -> MeanStd | None:
+    """Measured; or else counted, of the groups whose count is that of what they did."""
+    cost, measured = group.first.cost, group.first.measured_peak_mib
+    if measured is None and cost.is_of_closed_form:
+        return None
+    return mean_std([cost.peak_activation_mib if measured is None else measured])
 
 
 def _millions(count: int | None) -> float | None:
@@ -291,11 +294,11 @@ def _millions(count: int | None) -> float | None:
 
 
 def _median(run: RecordedRun, column: str) -> float | None:
-    values = [value for value in run.columns.get(column, ()) if value is not None]
+    values = [value for value in run.metrics.columns.get(column, ()) if value is not None]
     return statistics.median(values) if values else None
 
 
-def _with_std(value: Statistic | None, form: Callable[[float], str]) -> str:
+def _with_std(value: MeanStd | None, form: Callable[[float], str]) -> str:
     if value is None:
         return NONE
     return form(value.mean) if value.std is None else f"{form(value.mean)} ± {form(value.std)}"
@@ -334,7 +337,7 @@ def _columns(groups: Sequence[Group]) -> list[_Column]:
         return Cell(_with_std(found, "{:.2f}".format), mean, is_best)
 
     validation = figure("validation accuracy", "%", "{:.2f}", lambda run: run.last("val_acc"))
-    has_validation = any("val_acc" in run.columns for group in groups for run in group.runs)
+    has_validation = any("val_acc" in run.metrics.columns for group in groups for run in group.runs)
     return [
         _Column("test accuracy", "last epoch, %", accuracy),
         figure("best", "on the way, %", "{:.2f}", _best_on_the_way),
@@ -349,7 +352,7 @@ def _columns(groups: Sequence[Group]) -> list[_Column]:
         _Column("memory", "peak, MiB", _peak),
         counted("parameters", "", "{:,}", lambda c: c.num_params),
         counted("rule's own", "parameters", "{:,}", lambda c: c.num_additional_params),
-        setting("dataset", "dataset"),
+        _Column("dataset", "", lambda g: _plain(_data(g)), is_number=False),
         setting("model", "model"),
         setting("rule", "rule"),
         _Column("options", "of the rule", lambda g: _plain(_options(g)), is_number=False),
@@ -394,6 +397,12 @@ def _setting(group: Group, name: str) -> str:
     return str(getattr(group.first.config.settings, name))
 
 
+def _data(group: Group) -> str:
+    settings = group.first.config.settings
+    name = data_name(settings)
+    return name if name == settings.dataset else f"{name} ({settings.dataset})"
+
+
 def _options(group: Group) -> str:
     """The rule's basis, and its other options that are not the defaults."""
     settings = group.first.config.settings
@@ -431,14 +440,17 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _best_on_the_way(run: RecordedRun) -> float | None:
-    return max((v for v in run.columns.get("test_acc", ()) if v is not None), default=None)
+    return max((v for v in run.metrics.columns.get("test_acc", ()) if v is not None), default=None)
 
 
 def _peak(group: Group) -> Cell:
-    peak = group.first.cost.peak_activation_mib
+    cost, measured = group.first.cost, group.first.measured_peak_mib
+    if measured is not None:
+        return Cell(f"{_short(measured)} measured", measured)
+    peak = cost.peak_activation_mib
     if peak is None:
         return Cell(NONE)
-    return Cell(_short(peak) + "†" * group.first.cost.is_of_closed_form, peak)
+    return Cell(f"{_short(peak)}{'†' * cost.is_of_closed_form} counted", peak)
 
 
 def _short(value: float) -> str:
@@ -482,7 +494,7 @@ def _curve(group: Group, column: str) -> Series:
     return _series(group, epochs, found)
 
 
-def _series(group: Group, x: Sequence[float], found: Sequence[Statistic | None]) -> Series:
+def _series(group: Group, x: Sequence[float], found: Sequence[MeanStd | None]) -> Series:
     means = [None if each is None else each.mean for each in found]
     spread = [None if each is None else each.std for each in found]
     return Series(group.label, group.style, x, means, spread if any(spread) else ())
@@ -570,11 +582,11 @@ def _by_depth(
     """The blocks' accuracies in the last epoch, and the output's, by depth: a chart for each
     sequence of blocks."""
     charts_by_blocks: list[tuple[str, Markup]] = []
-    sequences = dict.fromkeys(b for group in groups if (b := group.first.blocks()))
+    sequences = dict.fromkeys(b for group in groups if (b := group.first.metrics.blocks()))
     for number, blocks in enumerate(sequences):
         drawn = []
         for group in groups:
-            if group.first.blocks() == blocks and group.num_epochs:
+            if group.first.metrics.blocks() == blocks and group.num_epochs:
                 columns = [f"{block}_acc" for block in blocks] + ["train_acc"]
                 last = [group.curve(column)[-1] for column in columns]
                 drawn.append(_series(group, [float(i) for i in range(1, len(last) + 1)], last))
@@ -617,15 +629,15 @@ def _blocks(
 ) -> list[tuple[Group, Markup]]:
     """For each group its blocks' accuracies over epochs."""
     result = []
-    ours = [group for group in groups if group.first.blocks() and group.num_epochs]
+    ours = [group for group in groups if group.first.metrics.blocks() and group.num_epochs]
     everything = [
         y
         for group in ours
-        for block in group.first.blocks()
+        for block in group.first.metrics.blocks()
         for _, _, y in _curve(group, f"{block}_acc").points()
     ]
     for number, group in enumerate(ours):
-        blocks = group.first.blocks()
+        blocks = group.first.metrics.blocks()
         drawn = []
         for depth, block in enumerate(blocks):
             curve = _curve(group, f"{block}_acc")
@@ -678,12 +690,12 @@ def _costs(groups: Sequence[Group]) -> dict[str, Any]:
                     "share": f"{100 * signal / total:.2g} %",
                 }
             )
-    memory = [(g, p) for g in groups if (p := g.first.cost.peak_activation_mib) is not None]
+    memory = [(g, c.value, c.text) for g in groups if isinstance((c := _peak(g)).value, float)]
     times = [(g, t) for g in groups if (t := _step_time_of(g)) is not None]
     return {
         "macs": macs,
         "ticks": ticks,
-        "memory": _bars([(g, p, _peak(g).text) for g, p in memory]),
+        "memory": _bars(memory),
         "times": _bars([(g, t.mean, _with_std(t, "{:.1f}".format)) for g, t in times]),
     }
 
@@ -701,6 +713,11 @@ def _count_text(count: float) -> str:
             value = count / factor
             return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     return f"{count:g}"
+
+
+def _command(run: RecordedRun) -> str:
+    """Without the directory of decoded images, which changes nothing and is its machine's own."""
+    return train_command(replace(run.config.settings, cache=None))
 
 
 def _embedded(figure: Figure) -> tuple[Figure, str]:

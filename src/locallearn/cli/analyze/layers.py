@@ -42,11 +42,12 @@ def layers(
     from locallearn.analysis.figures.drawing import figure_class
     from locallearn.analysis.figures.layers import plot_layers
     from locallearn.analysis.layers import head_accuracies, read_curves
+    from locallearn.engine import RunDirectory
     from locallearn.rules import ProjectionRule, list_rules, rule_class
 
     figure_class()
     opened = open_run(run, device)
-    curves = read_curves(Path(run) / "metrics.csv")
+    curves = read_curves(RunDirectory(Path(run)))
     views = opened.views()
     if any(view.name not in curves.blocks for view in views):
         having = [name for name in list_rules() if issubclass(rule_class(name), ProjectionRule)]
