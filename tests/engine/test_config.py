@@ -11,7 +11,7 @@ import typer
 
 from locallearn.cli.main import app
 from locallearn.engine import TrainConfig, list_optimizers
-from locallearn.engine.config import train_command
+from locallearn.engine.config import data_name, train_command
 from locallearn.models import list_models
 from locallearn.rules import list_rules
 
@@ -63,3 +63,17 @@ def test_command_names_what_is_not_the_default_alone() -> None:
     run = replace(settings.resolve(), device="cuda", backend="triton", num_threads=8)
     machine = "--device cuda --no-channels-last --backend triton --num-threads 8"
     assert train_command(run) == f"{expected} --epochs 5 {machine}"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "data_dir", "name"),
+    [
+        ("cifar10", None, "cifar10"),
+        ("cifar10", "/data/elsewhere", "cifar10"),
+        ("folder", "/data/cifar10_jpeg/", "cifar10_jpeg"),
+        ("folder", "/", "folder"),
+        ("folder", None, "folder"),
+    ],
+)
+def test_data_in_a_word(dataset: str, data_dir: str | None, name: str) -> None:
+    assert data_name(TrainConfig(dataset=dataset, data_dir=data_dir)) == name

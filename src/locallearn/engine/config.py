@@ -211,6 +211,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def data_name(settings: TrainConfig) -> str:
+    """The dataset in a word: of `folder` the directory's own name, which alone says what it is."""
+    if settings.dataset != "folder" or settings.data_dir is None:
+        return settings.dataset
+    return Path(settings.data_dir).name or settings.dataset
+
+
 def chosen_settings(settings: TrainConfig) -> dict[str, Any]:
     """What is set otherwise than dataset, model and rule alone would have it, by name.
 
