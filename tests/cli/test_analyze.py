@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import shlex
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -14,9 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
+from locallearn.analysis.layers import head_accuracies
 from locallearn.analysis.superclasses import CIFAR10
 from locallearn.cli import main
-from locallearn.cli.analyze.opening import Opened
+from locallearn.cli.analyze.opening import Opened, open_run
+from locallearn.cli.console import QuietObserver
+from locallearn.engine import Interrupted, TrainConfig, Trainer
 
 pytest.importorskip("matplotlib")
 
@@ -69,9 +74,11 @@ def read_figure(directory: str, name: str) -> dict:
     root = ElementTree.parse(base / f"{name}.svg").getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     document = json.loads((base / f"{name}.json").read_text())
-    assert list(document) == ["figure", "caption", "command", "numbers"]
+    assert list(document) == ["figure", "caption", "command", "numbers", "epochs", "environment"]
     assert document["figure"] == name
-    assert document["command"].startswith("locallearn")
+    assert document["command"].startswith("locallearn analyze ")
+    assert document["epochs"] > 0
+    assert {"git_commit", "packages", "device_name"} < set(document["environment"])
     assert document["caption"].endswith(".")
     return document
 
@@ -202,8 +209,11 @@ def test_a_run_from_a_gpu_is_looked_at_on_a_cpu(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_layers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["analyze", "layers", "lls"]) == 0
-    document = read_figure("lls/figures", "layers")
+    command = ["analyze", "layers", "lls", "--out", "two words"]
+    assert main(command) == 0
+    document = read_figure("two words", "layers")
+    assert document["command"] == shlex.join(["locallearn", *command])
+    assert document["epochs"] == 2
     assert document["caption"] in capsys.readouterr().out
     numbers = document["numbers"]
     summary = json.loads(Path("lls/summary.json").read_text())
@@ -314,3 +324,27 @@ def test_runs_on_other_data_are_not_put_beside(
     assert main(["train", *flags, "--out", "other"]) == 0
     assert main(["analyze", "gradcam", "lls", "--beside", "other"]) == 2
     assert "--beside other was trained on other data: its classes differ" in capsys.readouterr().err
+
+
+def test_a_run_stopped_in_an_epoch(error_line, capsys: pytest.CaptureFixture[str]) -> None:
+    """BatchNorm's statistics are estimated anew; where there is no data for it, that is said."""
+    pytest.importorskip("captum")
+    trainer = Trainer.start(TrainConfig(epochs=3, limit_test=100), Path("cut"), QuietObserver())
+    trainer.stop_signal = 2
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    opened = open_run("cut", "cpu")
+    assert opened.num_epochs == 0
+    before = copy.deepcopy(opened.learner.model.state_dict())
+    dataset = opened.load_data(None, None, None)
+    after = opened.learner.model.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("running_" in name or "num_batches" in name for name in changed)
+    loader = opened.test_loader(dataset, 256)
+    _, accuracy = head_accuracies(opened.learner, opened.views(), loader.epoch())
+    assert main(["evaluate", "cut", "--json", "cut.json"]) == 0
+    assert accuracy == pytest.approx(json.loads(Path("cut.json").read_text())["accuracy"])
+    capsys.readouterr()
+    line = error_line(["analyze", "gradcam", "cut", "a.png"])
+    assert "cut was stopped in the middle of an epoch" in line

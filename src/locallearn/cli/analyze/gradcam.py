@@ -12,11 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from locallearn.cli.analyze.opening import (
-    BatchSizeOption,
     BlockOption,
-    CacheOption,
-    DataDirOption,
-    DeviceOption,
     Opened,
     OutOption,
     RunArgument,
@@ -27,6 +23,7 @@ from locallearn.cli.analyze.opening import (
     open_run,
     write_figure,
 )
+from locallearn.cli.options import BatchSizeOption, CacheOption, DataDirOption, DeviceOption
 from locallearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,6 +138,7 @@ def gradcam(
         f"seed-{seed}" if seed and not images else None,
     )
     write_figure(
+        opened[0],
         directory,
         name,
         figure,
@@ -249,12 +247,7 @@ def _read_files(opened: list[Opened], images: list[str]) -> list[Tensor]:
     from locallearn.data import read_for_prediction
 
     for each in opened:
-        if each.trained.needs_recalibration:
-            raise UserError(
-                f"{each.run} was stopped in the middle of an epoch and its BatchNorm statistics "
-                f"are not those of its weights. Finish it with `locallearn train --resume "
-                f"{each.run}`."
-            )
+        each.trained.check_statistics(each.run)
     paths = [Path(image) for image in images]
     return [
         torch.cat(list(read_for_prediction(paths, each.trained.config.inputs))) for each in opened

@@ -9,10 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from locallearn.cli.analyze.opening import (
-    BatchSizeOption,
-    CacheOption,
-    DataDirOption,
-    DeviceOption,
     LimitOption,
     Opened,
     OutOption,
@@ -22,6 +18,7 @@ from locallearn.cli.analyze.opening import (
     open_run,
     write_figure,
 )
+from locallearn.cli.options import BatchSizeOption, CacheOption, DataDirOption, DeviceOption
 from locallearn.errors import UserError
 
 
@@ -82,7 +79,7 @@ def layers(
         "network_test_acc": curves.test,
     }
     figure = plot_layers(curves, by_block, network, title=opened.title)
-    write_figure(directory, figure_name("layers"), figure, caption, numbers)
+    write_figure(opened, directory, figure_name("layers"), figure, caption, numbers)
 
 
 def _caption(

@@ -11,11 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from locallearn.cli.analyze.opening import (
-    BatchSizeOption,
     BlockOption,
-    CacheOption,
-    DataDirOption,
-    DeviceOption,
     LimitOption,
     Opened,
     OutOption,
@@ -27,6 +23,7 @@ from locallearn.cli.analyze.opening import (
     open_run,
     write_figure,
 )
+from locallearn.cli.options import BatchSizeOption, CacheOption, DataDirOption, DeviceOption
 from locallearn.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
@@ -137,7 +134,7 @@ def semantics(
             for view, score in zip(views, scores, strict=True)
         ],
     }
-    write_figure(directory, name, figure, caption, numbers)
+    write_figure(opened, directory, name, figure, caption, numbers)
 
 
 def _modulations(opened: Opened, views: list[BlockView]) -> list[Tensor]:

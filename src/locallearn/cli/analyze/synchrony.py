@@ -9,11 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from locallearn.cli.analyze.opening import (
-    BatchSizeOption,
     BlockOption,
-    CacheOption,
-    DataDirOption,
-    DeviceOption,
     LimitOption,
     Opened,
     OutOption,
@@ -26,6 +22,7 @@ from locallearn.cli.analyze.opening import (
     open_run,
     write_figure,
 )
+from locallearn.cli.options import BatchSizeOption, CacheOption, DataDirOption, DeviceOption
 from locallearn.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
@@ -157,7 +154,7 @@ def synchrony(
             for number, (view, result) in enumerate(zip(views, results, strict=True))
         ],
     }
-    write_figure(directory, name, figure, caption, numbers)
+    write_figure(opened, directory, name, figure, caption, numbers)
 
 
 def _print(
