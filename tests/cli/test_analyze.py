@@ -19,6 +19,7 @@ from PIL import Image
 from locallearn.analysis.layers import head_accuracies
 from locallearn.analysis.superclasses import CIFAR10
 from locallearn.cli import main
+from locallearn.cli.analyze.layers import describe_course
 from locallearn.cli.analyze.opening import Opened, open_run
 from locallearn.cli.console import QuietObserver
 from locallearn.engine import Interrupted, TrainConfig, Trainer
@@ -223,6 +224,38 @@ def test_layers(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(numbers["test_acc_by_block"]) == ["conv1", "conv2", "conv3", "linear1"]
     # Ten classes: what has learned is far above a tenth.
     assert numbers["test_acc_by_block"]["linear1"] > 30
+
+
+FALL = "It falls from block to block. "
+BEATEN = "The last block's own head is right more often than the classifier behind it. "
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "network", "expected"),
+    [
+        ([50.0], 60.0, ""),
+        ([50.0], 40.0, ""),
+        ([50.0, 60.0, 70.0], 71.0, "It rises from block to block. "),
+        ([50.0, 60.0, 70.0], 69.0, f"It rises from block to block. {BEATEN}"),
+        ([60.0, 50.0], 55.0, FALL),
+        ([60.0, 50.0, 40.0], 55.0, FALL),
+        ([50.0, 50.0], 50.0, "It stays the same from block to block. "),
+        ([50.01, 50.04], 50.0, "It stays the same from block to block. "),  # as it is printed
+        ([50.0, 60.0, 55.0], 60.0, "It falls at c and rises at b. "),
+        ([50.0, 60.0, 55.0, 65.0], 70.0, "It falls at c and rises at every other step. "),
+        ([60.0, 50.0, 50.0], 60.0, "It falls at b and stays the same at c. "),
+        ([50.0, 60.0, 60.0, 65.0], 70.0, "It stays the same at c and rises at every other step. "),
+        (
+            [50.0, 60.0, 60.0, 55.0],
+            70.0,
+            "It falls at d, stays the same at c and rises at b. ",
+        ),
+    ],
+)
+def test_the_course_of_accuracy_in_words(
+    accuracies: list[float], network: float, expected: str
+) -> None:
+    assert describe_course(dict(zip("abcd", accuracies, strict=False)), network) == expected
 
 
 def test_an_interrupted_run_is_shown_as_it_is(runs: Path) -> None:
