@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import shlex
@@ -16,11 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
+from locallearn.analysis import latents
 from locallearn.analysis.layers import head_accuracies
-from locallearn.analysis.superclasses import CIFAR10
+from locallearn.analysis.shuffling import Shuffled
+from locallearn.analysis.superclasses import CIFAR10, CIFAR100
 from locallearn.cli import main
 from locallearn.cli.analyze.layers import describe_course
 from locallearn.cli.analyze.opening import Opened, open_run
+from locallearn.cli.analyze.semantics import _saying, _verdict
 from locallearn.cli.console import QuietObserver
 from locallearn.engine import Interrupted, TrainConfig, Trainer
 
@@ -104,6 +108,13 @@ def test_synchrony(capsys: pytest.CaptureFixture[str]) -> None:
     untrained = numbers["blocks"][3]["before_training"]["index"]
     assert untrained["p_value"] > 0.01
     assert untrained["value"] < index["value"] / 2
+    assert "with peaks at the classes' own frequencies as the paper shows" in document["caption"]
+    # What is drawn: spectra of the classes shown, which sum to one.
+    assert list(numbers["spectra"]) == numbers["shown"] == ["3", "8", "1"]
+    for spectra in numbers["spectra"].values():
+        for shares in spectra.values():
+            assert len(shares) == len(numbers["frequencies_cycles_per_place"])
+            assert sum(shares) == pytest.approx(1)
 
 
 def test_synchrony_of_correct_images_in_a_network_without_waves() -> None:
@@ -126,6 +137,53 @@ def test_synchrony_compares_with_the_mixtures() -> None:
     assert numbers["num_images"] == 60
 
 
+def test_synchrony_looks_for_the_runs_own_waves_where_one_option_is_given() -> None:
+    assert main(["analyze", "synchrony", "lls", "--setting", "paper", *FEW]) == 0
+    numbers = read_figure("lls/figures", "synchrony-linear1-square-paper-all")["numbers"]
+    assert numbers["reference"] == "B (square, paper)"
+
+
+def flatten(monkeypatch: pytest.MonkeyPatch, calls: tuple[int, ...]) -> None:
+    """Makes conv1's latents the same for every class, at those calls of class_means."""
+    real, num_calls = latents.class_means, itertools.count()
+
+    def class_means(*args, **kwargs) -> latents.ClassMeans:
+        found = real(*args, **kwargs)
+        if next(num_calls) in calls:
+            found.means["conv1"][:] = 1.0
+        return found
+
+    monkeypatch.setattr(latents, "class_means", class_means)
+
+
+def test_a_block_without_spectra_is_a_gap(monkeypatch: pytest.MonkeyPatch, error_line) -> None:
+    flatten(monkeypatch, (0, 2, 3, 4))
+    command = ["analyze", "synchrony", "lls", "--images", "all", "--out", "gap"]
+    assert main(command) == 0
+    blocks = read_figure("gap", "synchrony-linear1-all")["numbers"]["blocks"]
+    assert blocks[0]["index"] is None
+    assert blocks[0]["before_training"]["index"]["value"] > 0
+    assert blocks[1]["index"]["value"] > 0
+    line = error_line([*command, "--block", "conv1"])
+    assert "block conv1: the latents of some classes do not differ" in line
+    semantics = ["analyze", "semantics", "lls", "--of", "latents", "--groups", "groups.json"]
+    assert main([*semantics, "--out", "gap"]) == 0
+    blocks = read_figure("gap", "semantics-linear1-latents-groups")["numbers"]["blocks"]
+    assert [each["silhouette"] is None for each in blocks] == [True, False, False, False]
+    assert "block conv1: the vectors of some classes" in error_line(
+        [*semantics, "--block", "conv1"]
+    )
+
+
+def test_an_untrained_block_without_spectra_is_a_gap_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    flatten(monkeypatch, (1,))
+    command = ["analyze", "synchrony", "lls", "--images", "all", "--block", "conv1"]
+    assert main([*command, "--out", "gap"]) == 0
+    document = read_figure("gap", "synchrony-conv1-all")
+    assert document["numbers"]["blocks"][0]["before_training"] is None
+    assert "Before training" not in document["caption"]
+
+
 def test_semantics(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["analyze", "semantics", "mxm", "--groups", "groups.json", "--data-dir", "no"]) == 0
     out = capsys.readouterr().out
@@ -143,8 +201,37 @@ def test_semantics(capsys: pytest.CaptureFixture[str]) -> None:
 def test_semantics_of_latents_of_a_rule_without_m() -> None:
     command = ["analyze", "semantics", "bp", "--of", "latents", "--block", "conv1"]
     assert main([*command, "--groups", "groups.json", "--limit", "60"]) == 0
-    numbers = read_figure("bp/figures", "semantics-conv1-latents-groups")["numbers"]
-    assert numbers["of"] == "latents"
+    document = read_figure("bp/figures", "semantics-conv1-latents-groups")
+    assert document["numbers"]["of"] == "latents"
+    assert "the paper" not in document["caption"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "value", "p_value", "expected"),
+    [
+        ("aabb", 0.9, 0.01, "There are too few classes to tell whether that is chance."),
+        ("aaabbbb", 0.9, 0.1, "That is not told from chance at p < 0.05: it does not show"),
+        ("aaaabbb", -0.1, 0.01, "Classes of a group lie closer than by chance, though on average"),
+        ("aaaabbb", 0.3, 0.01, "Classes of a group lie close together, as the paper says."),
+    ],
+)
+def test_what_a_silhouette_says(groups: str, value: float, p_value: float, expected: str) -> None:
+    score = Shuffled(value, 0.0, 0.1, p_value)
+    assert _verdict(score, list(groups), "as the paper says").startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("of", "run", "groups", "expected"),
+    [
+        ("modulation", "mxm", [*CIFAR100], "as the paper says"),
+        ("modulation", "mxm", [*CIFAR10], "as the paper says of other groups"),
+        ("latents", "mxm", [*CIFAR100], "though the paper says so of M, not of latents"),
+        ("latents", "lls", [*CIFAR100], "which the data brings about without M"),
+        ("latents", "bp", [*CIFAR100], "which the data brings about without M"),
+    ],
+)
+def test_what_the_paper_says_of_it(of: str, run: str, groups: list[str], expected: str) -> None:
+    assert _saying(of, open_run(run, "cpu").views()[-1], groups) == expected
 
 
 def test_semantics_knows_cifar10_by_its_names(make_folder) -> None:
