@@ -18,10 +18,12 @@ import torch
 from PIL import Image
 
 from locallearn.analysis import latents
+from locallearn.analysis.gradcam import Deletion
 from locallearn.analysis.layers import head_accuracies
 from locallearn.analysis.shuffling import Shuffled
 from locallearn.analysis.superclasses import CIFAR10, CIFAR100
 from locallearn.cli import main
+from locallearn.cli.analyze.gradcam import _drawn, _Explained
 from locallearn.cli.analyze.layers import describe_course
 from locallearn.cli.analyze.opening import Opened, open_run
 from locallearn.cli.analyze.semantics import _saying, _verdict
@@ -250,14 +252,33 @@ def test_gradcam_of_test_images(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
     document = read_figure("mxm/figures", "gradcam-conv3-beside-bp")
     assert document["caption"] in capsys.readouterr().out
-    assert "on 3 test images drawn at random, 2 of them classified rightly" in document["caption"]
+    drawn = (
+        "the first 2 that the first network (smallconv, lls-mxm, digits) classifies rightly and "
+        "the first that it classifies wrongly, of 65 test images drawn at random."
+    )
+    assert drawn in document["caption"]
     numbers = document["numbers"]
     assert numbers["num_checked"] == 65
+    assert numbers["seed"] == 0
+    assert numbers["images"] is None
+    # The true classes are those of the test images that are named.
+    test = open_run("mxm", "cpu").load_data(None, None, None).test
+    assert test.labels[numbers["test_images"]].tolist() == [*map(int, numbers["true_classes"])]
+    predicted = numbers["runs"][0]["predicted"]
+    assert [a == b for a, b in zip(predicted, numbers["true_classes"], strict=True)] == [
+        True,
+        True,
+        False,
+    ]
     assert [run["run"] for run in numbers["runs"]] == ["mxm", "bp"]
     for run in numbers["runs"]:
         drop = run["drop_hottest"] - run["drop_other"]
         assert run["excess_over_other"]["value"] == pytest.approx(drop)
         assert all(0 <= probability <= 1 for probability in run["probability"])
+        assert 0 <= run["mean_positive_share"] <= 1
+        assert run["epochs"] == 2
+        change = f"changes the probability by {-100 * run['drop_hottest']:+.1f} points"
+        assert f"{change} on average (65 images)" in document["caption"]
 
 
 def test_gradcam_of_files_as_predict_sees_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,13 +288,20 @@ def test_gradcam_of_files_as_predict_sees_them(capsys: pytest.CaptureFixture[str
     assert main(["analyze", "gradcam", "lls", "a.png", "b.png", "--block", "conv1"]) == 0
     document = read_figure("lls/figures", "gradcam-conv1-a-b")
     assert "Of so few images that can't be told from chance" in document["caption"]
+    assert "on 2 image files." in document["caption"]
+    assert "the paper" not in document["caption"]
     (run,) = document["numbers"]["runs"]
     assert run["predicted"] == [answer["class"] for answer in answers]
     assert run["probability"] == pytest.approx([answer["probability"] for answer in answers])
 
     assert main(["analyze", "gradcam", "lls", "a.png", "--target", "7", "--seed", "3"]) == 0
-    numbers = read_figure("lls/figures", "gradcam-conv3-target-7-a")["numbers"]
+    document = read_figure("lls/figures", "gradcam-conv3-target-7-a")
+    assert document["caption"].startswith("Grad-CAM for 7 on 1 image file.")
+    assert "on average (1 image), by" in document["caption"]
+    numbers = document["numbers"]
     assert numbers["target"] == "7"
+    assert numbers["images"] == ["a.png"]
+    assert numbers["test_images"] is None
     assert numbers["runs"][0]["drop_other"] is None
 
 
@@ -444,6 +472,31 @@ def test_runs_on_other_data_are_not_put_beside(
     assert main(["train", *flags, "--out", "other"]) == 0
     assert main(["analyze", "gradcam", "lls", "--beside", "other"]) == 2
     assert "--beside other was trained on other data: its classes differ" in capsys.readouterr().err
+    assert main(["train", "--epochs", "1", "--limit-test", "90", "--quiet", "--out", "fewer"]) == 0
+    capsys.readouterr()
+    assert main(["analyze", "gradcam", "lls", "--beside", "fewer"]) == 2
+    assert "--beside fewer has other test images than lls. Give" in capsys.readouterr().err
+
+
+def test_which_images_are_shown() -> None:
+    lls = open_run("lls", "cpu")
+    whose = "smallconv, lls, digits"
+    assert _drawn([lls], 9, 3, 0) == (
+        f"the first 3 that {whose} classifies rightly, of 9 test images drawn at random"
+    )
+    assert _drawn([lls], 1, 0, 1) == (
+        f"the first that {whose} classifies wrongly, of 1 test image drawn at random"
+    )
+
+
+def test_a_share_of_positive_heat() -> None:
+    """Of ten pixels one is positive in the first map, four in the second."""
+    heat = -torch.ones(2, 1, 10)
+    heat[0, 0, :1] = heat[1, 0, :4] = 1
+    drops = torch.zeros(2, dtype=torch.float64)
+    numbers = _Explained(drops, drops, heat, Deletion(drops, drops, drops)).numbers()
+    assert numbers["mean_positive_share"] == pytest.approx(0.25)
+    assert numbers["num_with_less_positive_than_deleted"] == 1
 
 
 def test_a_run_stopped_in_an_epoch(error_line, capsys: pytest.CaptureFixture[str]) -> None:

@@ -379,7 +379,7 @@ def test_errors_of_a_run(capsys, make_folder) -> None:
         (["evaluate", "run", "--split", "val"], r"held no validation images out"),
         (["evaluate", "run", "--split", "tests"], r"unknown split 'tests'"),
         (["evaluate", "run", "--batch-size", "0"], r"--batch-size must be at least 1"),
-        (["evaluate", "run", "--plot", "c.xyz"], r"--plot c.xyz: "),
+        (["evaluate", "run", "--plot", "c.xyz"], r"c.xyz can't be drawn: "),
         (["evaluate", "run", "--plot", "."], r"--plot . is a directory; give a file"),
         (["evaluate", "run", "--json", "no/e.json"], r"--json no/e.json: there is no directory no"),
         (["train", "--resume", "run", "--epochs", "9"], r"other settings: --epochs \(run: 2, give"),
