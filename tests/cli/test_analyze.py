@@ -22,7 +22,9 @@ from locallearn.analysis.gradcam import Deletion
 from locallearn.analysis.layers import head_accuracies
 from locallearn.analysis.shuffling import Shuffled
 from locallearn.analysis.superclasses import CIFAR10, CIFAR100
+from locallearn.analysis.synchrony import Synchrony
 from locallearn.cli import main
+from locallearn.cli.analyze import synchrony
 from locallearn.cli.analyze.gradcam import _drawn, _Explained
 from locallearn.cli.analyze.layers import describe_course
 from locallearn.cli.analyze.opening import Opened, open_run
@@ -143,6 +145,37 @@ def test_synchrony_looks_for_the_runs_own_waves_where_one_option_is_given() -> N
     assert main(["analyze", "synchrony", "lls", "--setting", "paper", *FEW]) == 0
     numbers = read_figure("lls/figures", "synchrony-linear1-square-paper-all")["numbers"]
     assert numbers["reference"] == "B (square, paper)"
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "num_at_own", "p_value", "expected"),
+    [
+        (4, 4, 0.0001, "Of so few classes shuffling can't tell"),
+        (6, 6, 0.01, "That is not told from chance at p < 0.01"),
+        (6, 2, 0.0001, "That is more than by chance, but most spectra peak elsewhere"),
+        (6, 3, 0.0001, "That is more than by chance, with peaks at the classes' own frequencies"),
+    ],
+)
+def test_what_an_index_says(
+    num_classes: int, num_at_own: int, p_value: float, expected: str
+) -> None:
+    """Spectra of waves of which so many have the frequency of their class."""
+    waves = torch.eye(64)[5 * torch.arange(1, num_classes + 1)]
+    own = [*range(num_at_own), *range(num_at_own + 1, num_classes), num_at_own][:num_classes]
+    shares = waves.double().numpy()
+    result = Synchrony(
+        126,
+        shares,
+        shares[own],
+        shares.argmax(axis=1),
+        shares @ shares.T,
+        Shuffled(0.5, 0.1, 0.01, p_value),
+        Shuffled(0.5, 0.1, 0.01, p_value),
+        1.0,
+        0.1,
+    )
+    assert result.num_peaks_at_own == num_at_own
+    assert synchrony._verdict(result).startswith(expected)
 
 
 def flatten(monkeypatch: pytest.MonkeyPatch, calls: tuple[int, ...]) -> None:
@@ -307,8 +340,6 @@ def test_gradcam_of_files_as_predict_sees_them(capsys: pytest.CaptureFixture[str
 
 def test_a_run_from_a_gpu_is_looked_at_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither its device nor its backend is asked for."""
-    from locallearn.cli.analyze import synchrony
-
     real = synchrony.open_run
 
     def open_run(run: str, device: str) -> Opened:
