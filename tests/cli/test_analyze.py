@@ -112,7 +112,7 @@ def test_synchrony(capsys: pytest.CaptureFixture[str]) -> None:
     untrained = numbers["blocks"][3]["before_training"]["index"]
     assert untrained["p_value"] > 0.01
     assert untrained["value"] < index["value"] / 2
-    assert "with peaks at the classes' own frequencies as the paper shows" in document["caption"]
+    assert ", as the paper shows for two. Before training" in document["caption"]
     # What is drawn: spectra of the classes shown, which sum to one.
     assert list(numbers["spectra"]) == numbers["shown"] == ["3", "8", "1"]
     for spectra in numbers["spectra"].values():
@@ -150,10 +150,25 @@ def test_synchrony_looks_for_the_runs_own_waves_where_one_option_is_given() -> N
 @pytest.mark.parametrize(
     ("num_classes", "num_at_own", "p_value", "expected"),
     [
-        (4, 4, 0.0001, "Of so few classes shuffling can't tell"),
-        (6, 6, 0.01, "That is not told from chance at p < 0.01"),
-        (6, 2, 0.0001, "That is more than by chance, but most spectra peak elsewhere"),
-        (6, 3, 0.0001, "That is more than by chance, with peaks at the classes' own frequencies"),
+        (
+            4,
+            4,
+            0.0001,
+            "which of so few classes can't be told from chance (.*4 of 4 classes ",
+        ),
+        (6, 6, 0.01, "not told from chance at p < 0.01 (.*: it does not show the"),
+        (
+            6,
+            2,
+            0.0001,
+            "more than by chance (.* for 2 of 6 .*, while most peak elsewhere: less",
+        ),
+        (
+            6,
+            3,
+            0.0001,
+            "more than by chance (.* for 3 of 6 classes (1.0 shuffled), as the paper",
+        ),
     ],
 )
 def test_what_an_index_says(
@@ -175,7 +190,8 @@ def test_what_an_index_says(
         0.1,
     )
     assert result.num_peaks_at_own == num_at_own
-    assert synchrony._verdict(result).startswith(expected)
+    pattern = re.escape(expected).replace(r"\.\*", ".*")
+    assert re.search(pattern, synchrony._finding(result))
 
 
 def flatten(monkeypatch: pytest.MonkeyPatch, calls: tuple[int, ...]) -> None:
@@ -247,7 +263,12 @@ def test_semantics_of_latents_of_a_rule_without_m() -> None:
         ("aabb", 0.9, 0.01, "There are too few classes to tell whether that is chance."),
         ("aaabbbb", 0.9, 0.1, "That is not told from chance at p < 0.05: it does not show"),
         ("aaaabbb", -0.1, 0.01, "Classes of a group lie closer than by chance, though on average"),
-        ("aaaabbb", 0.3, 0.01, "Classes of a group lie close together, as the paper says."),
+        (
+            "aaaabbb",
+            0.3,
+            0.01,
+            "Classes of a group lie close together, more than by chance, as",
+        ),
     ],
 )
 def test_what_a_silhouette_says(groups: str, value: float, p_value: float, expected: str) -> None:
@@ -259,7 +280,7 @@ def test_what_a_silhouette_says(groups: str, value: float, p_value: float, expec
     ("of", "run", "groups", "expected"),
     [
         ("modulation", "mxm", [*CIFAR100], "as the paper says"),
-        ("modulation", "mxm", [*CIFAR10], "as the paper says of other groups"),
+        ("modulation", "mxm", [*CIFAR10], "as the paper says of CIFAR-100's superclasses"),
         ("latents", "mxm", [*CIFAR100], "though the paper says so of M, not of latents"),
         ("latents", "lls", [*CIFAR100], "which the data brings about without M"),
         ("latents", "bp", [*CIFAR100], "which the data brings about without M"),

@@ -181,9 +181,9 @@ def _caption(
     """What the figure shows, in numbers, and whether it is what the paper says."""
     return (
         f"t-SNE of the {len(by_class)} classes by their {what} in block {block} ({opened.title}), "
-        f"coloured by {len(set(by_class))} groups: the silhouette by group is {score.value:.3f}, "
-        f"{score.mean:.3f} ± {score.std:.3f} with the groups shuffled (p = {score.p_value:.3f}); "
-        f"of the points drawn it is {of_embedding.value:.3f}. {verdict}"
+        f"coloured by {len(set(by_class))} groups; the silhouette by group is {score.value:.3f} "
+        f"({score.mean:.3f} ± {score.std:.3f} with the groups shuffled, p = {score.p_value:.3f}), "
+        f"and of the points drawn it is {of_embedding.value:.3f}. {verdict}"
     )
 
 
@@ -193,7 +193,8 @@ def _saying(of: str, view: BlockView, by_class: list[str]) -> str:
     from locallearn.rules import MatrixModulatedHead
 
     if of == "modulation":
-        return "as the paper says" + ("" if set(by_class) == set(CIFAR100) else " of other groups")
+        is_the_papers = set(by_class) == set(CIFAR100)
+        return "as the paper says" + ("" if is_the_papers else " of CIFAR-100's superclasses")
     if isinstance(view.head, MatrixModulatedHead):
         return "though the paper says so of M, not of latents"
     return "which the data brings about without M"
@@ -215,7 +216,7 @@ def _verdict(score: Shuffled, by_class: list[str], saying: str) -> str:
             "Classes of a group lie closer than by chance, though on average no closer than the "
             "nearest other group."
         )
-    return f"Classes of a group lie close together, {saying}."
+    return f"Classes of a group lie close together, more than by chance, {saying}."
 
 
 def _print(views: list[BlockView], scores: list[Shuffled | None]) -> None:

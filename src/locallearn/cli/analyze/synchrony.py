@@ -242,16 +242,11 @@ def _caption(
     only_correct: bool,
 ) -> str:
     """What the figure shows, in numbers, and whether it is what the paper says."""
-    index, num_classes = result.index, len(opened.class_names)
     num = int(means.counts.sum())
     which = f"{num:,} test images classified rightly" if only_correct else f"{num:,} test images"
     shown = (
         f"Spectra of the mean latents by class of block {block} ({opened.title}; {which}) beside "
-        f"those of {reference}: {100 * index.value:.1f} % of a class's energy lies at its own "
-        f"wave's frequency, {100 * index.mean:.1f} ± {100 * index.std:.1f} % with the classes "
-        f"shuffled (p = {index.p_value:.4f}), and the spectrum peaks there for "
-        f"{result.num_peaks_at_own} of {num_classes} classes, {result.num_peaks_shuffled:.1f} "
-        f"shuffled. {_verdict(result)}"
+        f"those of {reference}. {_finding(result)}"
     )
     if result.num_overlapping:
         shown += (
@@ -261,23 +256,22 @@ def _caption(
     return shown
 
 
-def _verdict(result: Synchrony) -> str:
-    num_classes = len(result.peaks)
+def _finding(result: Synchrony) -> str:
+    index, num_classes, num_peaks = result.index, len(result.peaks), result.num_peaks_at_own
     if num_classes < _MIN_CLASSES:
-        return "Of so few classes shuffling can't tell whether that is chance."
-    if result.index.p_value >= _SIGNIFICANT:
-        return (
-            f"That is not told from chance at p < {_SIGNIFICANT}: it does not show the "
-            f"synchronisation that the paper says."
-        )
-    if 2 * result.num_peaks_at_own < num_classes:
-        return (
-            "That is more than by chance, but most spectra peak elsewhere: it shows less than the "
-            "paper says."
-        )
+        told, end = "which of so few classes can't be told from chance", "."
+    elif index.p_value >= _SIGNIFICANT:
+        told = f"not told from chance at p < {_SIGNIFICANT}"
+        end = ": it does not show the synchronisation that the paper says."
+    elif 2 * num_peaks < num_classes:
+        told, end = "more than by chance", ", while most peak elsewhere: less than the paper says."
+    else:
+        told, end = "more than by chance", ", as the paper shows for two."
     return (
-        "That is more than by chance, with peaks at the classes' own frequencies as the paper "
-        "shows for two."
+        f"{100 * index.value:.1f} % of a class's energy lies at its own wave's frequency, {told} "
+        f"({100 * index.mean:.1f} ± {100 * index.std:.1f} % with the classes shuffled, "
+        f"p = {index.p_value:.4f}), and the spectrum peaks there for {num_peaks} of {num_classes} "
+        f"classes ({result.num_peaks_shuffled:.1f} shuffled){end}"
     )
 
 
