@@ -307,8 +307,9 @@ def test_gradcam_of_test_images(capsys: pytest.CaptureFixture[str]) -> None:
     document = read_figure("mxm/figures", "gradcam-conv3-beside-bp")
     assert document["caption"] in capsys.readouterr().out
     drawn = (
-        "the first 2 that the first network (smallconv, lls-mxm, digits) classifies rightly and "
-        "the first that it classifies wrongly, of 65 test images drawn at random."
+        "Grad-CAM for the predicted class: of 65 test images drawn at random, the first 2 that the "
+        "first network (smallconv, lls-mxm, digits) classifies rightly and the first that it "
+        "classifies wrongly."
     )
     assert drawn in document["caption"]
     numbers = document["numbers"]
@@ -342,7 +343,7 @@ def test_gradcam_of_files_as_predict_sees_them(capsys: pytest.CaptureFixture[str
     assert main(["analyze", "gradcam", "lls", "a.png", "b.png", "--block", "conv1"]) == 0
     document = read_figure("lls/figures", "gradcam-conv1-a-b")
     assert "Of so few images that can't be told from chance" in document["caption"]
-    assert "on 2 image files." in document["caption"]
+    assert "predicted class: 2 image files." in document["caption"]
     assert "the paper" not in document["caption"]
     (run,) = document["numbers"]["runs"]
     assert run["predicted"] == [answer["class"] for answer in answers]
@@ -350,7 +351,7 @@ def test_gradcam_of_files_as_predict_sees_them(capsys: pytest.CaptureFixture[str
 
     assert main(["analyze", "gradcam", "lls", "a.png", "--target", "7", "--seed", "3"]) == 0
     document = read_figure("lls/figures", "gradcam-conv3-target-7-a")
-    assert document["caption"].startswith("Grad-CAM for 7 on 1 image file.")
+    assert document["caption"].startswith("Grad-CAM for 7: 1 image file.")
     assert "on average (1 image), by" in document["caption"]
     numbers = document["numbers"]
     assert numbers["target"] == "7"
@@ -407,11 +408,23 @@ BEATEN = "The last block's own head is right more often than the classifier behi
         ([60.0, 50.0], 55.0, FALL),
         ([60.0, 50.0, 40.0], 55.0, FALL),
         ([50.0, 50.0], 50.0, "It stays the same from block to block. "),
-        ([50.01, 50.04], 50.0, "It stays the same from block to block. "),  # as it is printed
+        (
+            [50.01, 50.04],
+            50.0,
+            "It stays the same from block to block. ",
+        ),  # as it is printed
         ([50.0, 60.0, 55.0], 60.0, "It falls at c and rises at b. "),
-        ([50.0, 60.0, 55.0, 65.0], 70.0, "It falls at c and rises at every other step. "),
+        (
+            [50.0, 60.0, 55.0, 65.0],
+            70.0,
+            "It falls at c and rises at every other step. ",
+        ),
         ([60.0, 50.0, 50.0], 60.0, "It falls at b and stays the same at c. "),
-        ([50.0, 60.0, 60.0, 65.0], 70.0, "It stays the same at c and rises at every other step. "),
+        (
+            [50.0, 60.0, 60.0, 65.0],
+            70.0,
+            "It stays the same at c and rises at every other step. ",
+        ),
         (
             [50.0, 60.0, 60.0, 55.0],
             70.0,
@@ -422,7 +435,8 @@ BEATEN = "The last block's own head is right more often than the classifier behi
 def test_the_course_of_accuracy_in_words(
     accuracies: list[float], network: float, expected: str
 ) -> None:
-    assert describe_course(dict(zip("abcd", accuracies, strict=False)), network) == expected
+    course = describe_course(dict(zip("abcd", accuracies, strict=False)), network)
+    assert course == expected.replace("It ", "The heads' accuracy ")
 
 
 def test_an_interrupted_run_is_shown_as_it_is(runs: Path) -> None:
@@ -534,10 +548,10 @@ def test_which_images_are_shown() -> None:
     lls = open_run("lls", "cpu")
     whose = "smallconv, lls, digits"
     assert _drawn([lls], 9, 3, 0) == (
-        f"the first 3 that {whose} classifies rightly, of 9 test images drawn at random"
+        f"of 9 test images drawn at random, the first 3 that {whose} classifies rightly"
     )
     assert _drawn([lls], 1, 0, 1) == (
-        f"the first that {whose} classifies wrongly, of 1 test image drawn at random"
+        f"of 1 test image drawn at random, the first that {whose} classifies wrongly"
     )
 
 

@@ -364,11 +364,11 @@ def _caption(
     """What the figure shows, in numbers, and whether the maps are of what counts."""
     of = "the predicted class" if wanted is None else names[wanted]
     if labels is None:
-        which = f"on {_counted(len(shown), 'image file')}"
+        which = _counted(len(shown), "image file")
     else:
         num_right = int((results[0].predicted == labels)[shown].sum())
-        which = f"on {_drawn(opened, len(labels), num_right, len(shown) - num_right)}"
-    parts = [f"Grad-CAM for {of} {which}."]
+        which = _drawn(opened, len(labels), num_right, len(shown) - num_right)
+    parts = [f"Grad-CAM for {of}: {which}."]
     for each, (layer, _), result in zip(opened, layers, results, strict=True):
         n = result.numbers()
         other = "" if n["drop_other"] is None else (
@@ -393,7 +393,7 @@ def _drawn(opened: list[Opened], num: int, num_right: int, num_wrong: int) -> st
         for count, how in ((num_right, "rightly"), (num_wrong, "wrongly"))
         if count
     ]
-    return f"{' and '.join(halves)}, of {_counted(num, 'test image')} drawn at random"
+    return f"of {_counted(num, 'test image')} drawn at random, {' and '.join(halves)}"
 
 
 def _counted(num: int, noun: str) -> str:

@@ -117,7 +117,8 @@ def describe_course(by_block: dict[str, float], network: float) -> str:
     elif len(there.get("rises", [])) > 1:
         parts[-1] = "rises at every other step"
     *first, last = parts
-    course = f"It {', '.join(first)} and {last}. " if first else f"It {last}. "
+    listed = f"{', '.join(first)} and {last}" if first else last
+    course = f"The heads' accuracy {listed}. "
     if values[-1] > round(network, 1):
         course += "The last block's own head is right more often than the classifier behind it. "
     return course
