@@ -107,7 +107,7 @@ def test_class_means_by_hand() -> None:
     learner, given = make(), batches()
     views = block_views(learner)
     found = class_means(learner, views, given, only_correct=False)
-    assert found.num_images == 10
+    assert found.kept.tolist() == [True] * 10
     assert found.counts.tolist() == [2, 4, 4]
     images, labels = (torch.cat(part) for part in zip(*given, strict=True))
     with torch.no_grad():
@@ -122,6 +122,11 @@ def test_class_means_by_hand() -> None:
     first = int(labels[right][0])
     expected = q[right & (labels == first)].mean(dim=0)
     torch.testing.assert_close(found.means["conv1"][first], expected)
+    assert torch.equal(found.kept, right)
+    # Another network's, on the images that this one is right on.
+    among = class_means(learner, views, given, among=right)
+    assert torch.equal(among.counts, found.counts)
+    torch.testing.assert_close(among.means, found.means, rtol=0, atol=0, equal_nan=True)
 
 
 def test_head_accuracies_count_right_answers() -> None:

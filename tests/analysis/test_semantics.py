@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from locallearn.analysis.semantics import (
     directions,
     embed,
     euclidean_distances,
+    num_arrangements,
     silhouette,
 )
 from locallearn.analysis.superclasses import CIFAR10, CIFAR100, groups_of
@@ -83,6 +85,20 @@ def test_distances_by_hand() -> None:
     assert np.allclose(cosine_distances(directions(vectors)), expected)
     points = euclidean_distances(np.array([[0.0, 0.0], [3.0, 4.0]]))
     assert points.tolist() == [[0, 5], [5, 0]]
+
+
+@pytest.mark.parametrize(
+    ("groups", "num"),
+    [("aab", 3), ("aabb", 3), ("aaaabb", 15), ("aabbcc", 15), ("abcd", 1), ("aabbc", 15)],
+)
+def test_arrangements_by_hand(groups: str, num: int) -> None:
+    """aabb: the first class's companion is one of three; aabbcc: then the next one's, of three."""
+    assert num_arrangements(groups) == num
+    different = {
+        frozenset(frozenset(i for i, g in enumerate(order) if g == name) for name in set(order))
+        for order in set(itertools.permutations(groups))
+    }
+    assert len(different) == num
 
 
 @pytest.mark.parametrize(("num", "perplexity"), [(4, 1), (10, 3), (94, 30)])

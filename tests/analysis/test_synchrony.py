@@ -103,6 +103,28 @@ def test_bins_at_the_ends_have_one_neighbour() -> None:
     assert synchrony(waves, waves).chance == 2 / 16
 
 
+def test_the_last_bin_of_an_even_length_counts_once() -> None:
+    """Two waves of the same power, of which that of bin T/2 has no twin at -k."""
+    t = torch.arange(32, dtype=torch.float64)
+    wave = math.sqrt(2) * torch.cos(2 * math.pi * 5 / 32 * t) + torch.cos(math.pi * t)
+    result = synchrony(torch.stack([wave, -wave]), whole_waves([3, 8], 32))
+    assert result.activation[0, 5] == pytest.approx(0.5)
+    assert result.activation[0, 16] == pytest.approx(0.5)
+
+
+def test_peaks_shuffled_and_frequencies_that_coincide() -> None:
+    """Of bins 10, 11, 13, 40, 40 five classes' peaks are within one of: 2, 2, 1, 2, 2."""
+    waves = whole_waves([10, 11, 13, 40, 40])
+    waves[4] = waves[4].roll(2)  # another wave of the same frequency
+    result = synchrony(waves, waves)
+    assert result.peaks.tolist() == [10, 11, 13, 40, 40]
+    assert result.num_distinct_frequencies == 4
+    assert result.num_overlapping == 5  # 11 and 13 share bin 12
+    assert result.num_peaks_shuffled == pytest.approx(9 / 5)
+    assert synchrony(whole_waves(BINS), whole_waves(BINS)).num_overlapping == 0
+    assert synchrony(whole_waves(BINS), whole_waves(BINS)).num_peaks_shuffled == 1
+
+
 def test_against_shuffled_by_hand() -> None:
     scores = np.array([[1.0, 0.0], [0.5, 0.25]])
     order = np.array([[0, 1], [1, 0], [1, 0]])

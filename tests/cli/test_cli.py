@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -378,7 +379,7 @@ def test_errors_of_a_run(capsys, make_folder) -> None:
         (["evaluate", "run", "--split", "val"], r"held no validation images out"),
         (["evaluate", "run", "--split", "tests"], r"unknown split 'tests'"),
         (["evaluate", "run", "--batch-size", "0"], r"--batch-size must be at least 1"),
-        (["evaluate", "run", "--plot", "c.xyz"], r"--plot c.xyz: "),
+        (["evaluate", "run", "--plot", "c.xyz"], r"c.xyz can't be drawn: "),
         (["evaluate", "run", "--plot", "."], r"--plot . is a directory; give a file"),
         (["evaluate", "run", "--json", "no/e.json"], r"--json no/e.json: there is no directory no"),
         (["train", "--resume", "run", "--epochs", "9"], r"other settings: --epochs \(run: 2, give"),
@@ -476,14 +477,16 @@ BENCH = ["bench", "--batch-size", "4", "--image-size", "8", "--rounds", "2", "--
 
 def test_bench_writes_gate_record_and_rows(capsys, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    files = ["--json", "b.json", "--plot", "b.png"]
-    assert main([*BENCH, "--rules", "lls", "--backend", "reference", "--ops", *files]) == 0
+    files = ["--json", "b.json", "--plot", "a bar chart.png"]
+    command = [*BENCH, "--rules", "lls", "--backend", "reference", "--ops", *files]
+    assert main(command) == 0
     out = capsys.readouterr().out
     assert out.startswith("gate green")
     assert re.search(r"^lls \(reference\) .*\nlls \(autograd\) ", out, re.M)
     assert len(re.findall(r"^bp.*\*? ", out, re.M)) == 5
     document = json.loads(Path("b.json").read_text())
     assert document["gate"] == "green"
+    assert document["record"]["command"] == shlex.join(["locallearn", *command])
     assert document["record"]["environment"]["device"] == "cpu"
     assert document["record"]["settings"]["batch_size"] == 4
     keys = {
@@ -499,7 +502,7 @@ def test_bench_writes_gate_record_and_rows(capsys, monkeypatch) -> None:
     }
     assert all(keys <= set(row) for row in document["rows"])
     assert {each["op"] for each in document["ops"]} >= {"block_forward", "weight gradient"}
-    assert Path("b.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("a bar chart.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_red_gate_shows_no_figures_and_fails(capsys, monkeypatch) -> None:

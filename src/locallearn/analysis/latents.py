@@ -140,12 +140,13 @@ class ClassMeans:
     """Mean latents by class.
 
     means: block name -> (K, T), float64, of latents scaled to length one; NaN of a class without
-    images. counts: (K,), int64, images that each mean is of. num_images: all that were looked at.
+    images. counts: (K,), int64, images that each mean is of. kept: (M,), bool, which of all that
+    were looked at those are.
     """
 
     means: dict[str, Tensor]
     counts: Tensor
-    num_images: int
+    kept: Tensor
 
 
 def class_means(
@@ -153,7 +154,8 @@ def class_means(
     views: Sequence[BlockView],
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    only_correct: bool,
+    only_correct: bool = False,
+    among: Tensor | None = None,
 ) -> ClassMeans:
     """The mean of q = p / ||p|| over the images of each class.
 
@@ -164,26 +166,31 @@ def class_means(
         views: blocks to look at.
         batches: images and labels.
         only_correct: leave out what the network classifies wrongly.
+        among: (M,), bool, the images to take; all of them where None.
     """
     num_classes = learner.num_classes
     sums = {
         v.name: torch.zeros(num_classes, v.spec.latent_length, dtype=torch.float64) for v in views
     }
     counts = torch.zeros(num_classes, dtype=torch.int64)
+    taken: list[Tensor] = []
     num_images = 0
     for batch in observe(learner, views, batches):
         labels = batch.labels.cpu()
-        num_images += len(labels)
         kept = torch.ones_like(labels, dtype=torch.bool)
+        if among is not None:
+            kept = among[num_images : num_images + len(labels)]
         if only_correct:
-            kept = batch.logits.argmax(dim=1).cpu() == labels
+            kept = kept & (batch.logits.argmax(dim=1).cpu() == labels)
+        num_images += len(labels)
+        taken.append(kept)
         counts += torch.bincount(labels[kept], minlength=num_classes)
         for view in views:
             latents = view.latents(batch.features[view.name]).cpu()[kept]
             scaled = nn.functional.normalize(latents.double(), dim=1, eps=_NORM_EPS)
             sums[view.name].index_add_(0, labels[kept], scaled)
     means = {name: total / counts[:, None] for name, total in sums.items()}
-    return ClassMeans(means, counts, num_images)
+    return ClassMeans(means, counts, torch.cat(taken))
 
 
 @torch.no_grad()

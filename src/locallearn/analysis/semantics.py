@@ -18,6 +18,8 @@ Source: Rousseeuw, "Silhouettes" (J. Comput. Appl. Math. 20, 1987).
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,6 +82,20 @@ def silhouette(distances: Array, groups: Sequence[str], *, seed: int = 0) -> Shu
         ]
     )
     return Shuffled.of(value, shuffled)
+
+
+def num_arrangements(groups: Sequence[str]) -> int:
+    """How many ways there are to part the classes into groups of these sizes.
+
+    K! / (product of n_g! * product of m_n!), m_n groups having n classes: a permutation that only
+    renames groups of one size changes no silhouette. No p-value is below one in as many.
+
+    Arguments:
+        groups: K names.
+    """
+    sizes = list(Counter(groups).values())
+    alike = [*sizes, *Counter(sizes).values()]
+    return math.factorial(len(groups)) // math.prod(math.factorial(n) for n in alike)
 
 
 def _silhouette(distances: Array, members: Array) -> float:

@@ -7,7 +7,9 @@ class means m_c what all classes share is removed, x_c = m_c - mean over classes
 latents all but positive, so that most of their energy is one vector common to all classes, and no
 logit that is compared with another depends on it.
 
-    P_c[k] = |rfft(x_c)[k]|^2,  k = 1..T/2            the constant, k = 0, left out
+    P_c[k] = |rfft(x_c)[k]|^2,  k = 1..T/2            the constant, k = 0, left out; the last bin
+                                                      of an even T, which stands alone where
+                                                      others stand for k and -k, halved
     own(c) = k*-1, k*, k*+1,  k* = argmax of the spectrum of row c of the reference
     E[i, j] = sum of P_i over own(j) / sum of P_i     the share of class i's energy at j's frequency
     index   = mean over c of E[c, c]
@@ -65,12 +67,32 @@ class Synchrony:
         apart = np.abs(self.activation.argmax(axis=1) - self.peaks)
         return int((apart <= _REACH).sum())
 
+    @property
+    def num_peaks_shuffled(self) -> float:
+        """The same count with the classes shuffled: its mean over all permutations."""
+        apart = np.abs(self.activation.argmax(axis=1)[:, None] - self.peaks)  # (K, K)
+        return float((apart <= _REACH).sum() / len(self.peaks))
+
+    @property
+    def num_distinct_frequencies(self) -> int:
+        """Bins that are some class's own frequency; fewer than K where classes have the same."""
+        return len(np.unique(self.peaks))
+
+    @property
+    def num_overlapping(self) -> int:
+        """Classes c whose bins own(c) are in part another class's too."""
+        apart = np.abs(self.peaks[:, None] - self.peaks)
+        return int(((apart <= 2 * _REACH).sum(axis=1) > 1).sum())
+
     def numbers(self) -> dict[str, Any]:
         """What there is to report, as plain values."""
         return {
             "index": asdict(self.index),
             "match": asdict(self.match),
             "num_peaks_at_own": self.num_peaks_at_own,
+            "num_peaks_shuffled": self.num_peaks_shuffled,
+            "num_distinct_frequencies": self.num_distinct_frequencies,
+            "num_overlapping_classes": self.num_overlapping,
             "ceiling": self.ceiling,
             "chance": self.chance,
             "own_frequencies_cycles_per_place": self.frequencies[self.peaks].tolist(),
@@ -142,6 +164,8 @@ def _shares(rows: Tensor) -> Array:
     values = values - values.mean(axis=0)
     power: Array = np.abs(np.fft.rfft(values, axis=1)) ** 2
     power[:, 0] = 0
+    if values.shape[1] % 2 == 0:
+        power[:, -1] /= 2
     total = power.sum(axis=1, keepdims=True)
     if not np.isfinite(total).all() or (total <= 1e-30).any():
         raise UserError(

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from locallearn.cli.command import running_command
 from locallearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def bench(
             )
             row["counted_activation_mib"] = cost.peak_activation_mib  # as `locallearn cost`
     record: dict[str, Any] = {
-        "command": "locallearn " + " ".join(sys.argv[1:]),
+        "command": running_command(),
         "settings": asdict(config),
         "num_threads": torch.get_num_threads(),
         "keeps_freed_memory": keeps_memory,

@@ -10,6 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from locallearn.cli.options import (
+    BatchSizeOption,
+    CacheOption,
+    DataDirOption,
+    DeviceOption,
+    WeightsArgument,
+)
 from locallearn.cli.run_data import load_run_data
 from locallearn.errors import UserError
 
@@ -22,24 +29,12 @@ _NUM_CONFUSIONS = 10
 
 
 def evaluate(
-    run: Annotated[
-        str,
-        typer.Argument(help="Run directory, checkpoint.pt or model.safetensors.", metavar="RUN"),
-    ],
+    run: WeightsArgument,
     split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
-    data_dir: Annotated[
-        str | None,
-        typer.Option(help="Where the data is now, if it has moved.", show_default=False),
-    ] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(
-            help="Where decoded images are kept, instead of the run's --cache; '' for nowhere.",
-            show_default=False,
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 256,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    data_dir: DataDirOption = None,
+    cache: CacheOption = None,
+    batch_size: BatchSizeOption = 256,
+    device: DeviceOption = "auto",
     plot: Annotated[
         str | None,
         typer.Option(help="Write the confusion matrix as a picture.", metavar="FILE.png"),

@@ -22,6 +22,7 @@ from locallearn.cli import (
     reproduce,
     train,
 )
+from locallearn.cli.command import running
 from locallearn.errors import UserError
 
 BAD_INPUT = 2
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(args=given or ["--help"], prog_name="locallearn", standalone_mode=False)
+        with running(given):
+            code = app(args=given or ["--help"], prog_name="locallearn", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except UserError as error:
         return _fail(str(error))

@@ -11,17 +11,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from locallearn.cli.options import DeviceOption, WeightsArgument
 from locallearn.errors import UserError
 
 
 def predict(
-    run: Annotated[
-        str,
-        typer.Argument(help="Run directory, checkpoint.pt or model.safetensors.", metavar="RUN"),
-    ],
+    run: WeightsArgument,
     images: Annotated[list[str], typer.Argument(help="Image files.", metavar="IMAGE...")],
     top: Annotated[int, typer.Option(help="How many classes to show for each image.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: DeviceOption = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Class and probability for image files."""
@@ -34,11 +32,7 @@ def predict(
         raise UserError(f"--top must be at least 1, got {top}.")
     place = torch.device(choose_device(device))
     trained = load_trained(Path(run))
-    if trained.needs_recalibration:
-        raise UserError(
-            f"{run} was stopped in the middle of an epoch and its BatchNorm statistics are not "
-            f"those of its weights. Finish it with `locallearn train --resume {run}`."
-        )
+    trained.check_statistics(run)
     names = trained.config.class_names
     learner = trained.learner.to(place)
     batches = read_for_prediction([Path(image) for image in images], trained.config.inputs)

@@ -40,6 +40,18 @@ class Trained:
     num_epochs: int | None
     needs_recalibration: bool
 
+    def check_statistics(self, run: str) -> None:
+        """Raises UserError where there is no data to recalibrate with and it would be needed.
+
+        Arguments:
+            run: as the user calls it.
+        """
+        if self.needs_recalibration:
+            raise UserError(
+                f"{run} was stopped in the middle of an epoch and its BatchNorm statistics are not "
+                f"those of its weights. Finish it with `locallearn train --resume {run}`."
+            )
+
 
 def save_weights(path: Path, learner: LocalLearner, config: RunConfig) -> None:
     """The model's and the heads' tensors, and the config as metadata, atomically."""

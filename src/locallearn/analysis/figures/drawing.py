@@ -12,7 +12,7 @@ from locallearn.errors import UserError
 BLUE, SKY, VERMILION, GREEN = "#0072b2", "#56b4e9", "#d55e00", "#009e73"
 ORANGE, PINK, INK, GREY = "#e69f00", "#cc79a7", "#222222", "#8c8c8c"
 
-# An SVG's text stays text: it can be searched, and takes the fonts of the page it stands in.
+# An SVG's text stays text, not outlines: where the file itself is opened it can be searched.
 _SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "locallearn"}
 
 
@@ -47,7 +47,7 @@ def written(figure: Any, path: Path) -> bytes:
         with rc_context(_SVG):
             figure.savefig(buffer, format=kind, dpi=150, **dated)
     except ValueError as error:
-        raise UserError(f"--plot {path}: {error}.") from error
+        raise UserError(f"{path} can't be drawn: {error}.") from error
     return buffer.getvalue()
 
 

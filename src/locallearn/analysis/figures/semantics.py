@@ -8,19 +8,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from locallearn.analysis.figures.drawing import BLUE, GREY, INK, bare, figure_class
+from locallearn.analysis.figures.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PINK,
+    SKY,
+    VERMILION,
+    bare,
+    figure_class,
+)
 from locallearn.analysis.semantics import Embedding
 from locallearn.analysis.shuffling import Array, Shuffled
 
-# Okabe and Ito's, without yellow, which white paper swallows; then the marker tells.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
+_COLOURS = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, INK)  # used up, the marker tells
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _MANY_CLASSES = 20
 
 
 def plot_semantics(
     embedding: Embedding,
-    scores: Sequence[Shuffled],
+    scores: Sequence[Shuffled | None],
     *,
     class_names: Sequence[str],
     groups: Sequence[str],
@@ -33,7 +43,7 @@ def plot_semantics(
 
     Arguments:
         embedding: of the block that is drawn.
-        scores: silhouette of each block.
+        scores: silhouette of each block; None, which leaves a gap, of one without directions.
         class_names, groups: K names each.
         block_names: of each.
         place: of the block that is drawn.
@@ -89,9 +99,8 @@ def _draw_points(
     to_points = 72 / axes.figure.dpi
     places = axes.transData.transform(embedding.points) * to_points
     texts = [name.replace("_", " ") for name in class_names]
-    for text, group, point, offset in zip(
-        texts, groups, embedding.points, label_offsets(places, texts, font_size), strict=True
-    ):
+    offsets = label_offsets(places, texts, font_size)
+    for text, point, offset in zip(texts, embedding.points, offsets, strict=True):
         axes.annotate(
             text,
             point,
@@ -100,7 +109,7 @@ def _draw_points(
             ha="center",
             va="center",
             fontsize=font_size,
-            color=_COLOURS[order.index(group) % len(_COLOURS)],
+            color=INK,
         ).set_in_layout(False)
 
 
@@ -145,12 +154,13 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
     return max(width, 0) * max(height, 0)
 
 
-def _draw_scores(axes: Any, scores: Sequence[Shuffled], block_names: Sequence[str]) -> None:
-    places = range(len(scores))
+def _draw_scores(axes: Any, scores: Sequence[Shuffled | None], block_names: Sequence[str]) -> None:
+    there = {place: score for place, score in enumerate(scores) if score is not None}
+    places = list(there)
     axes.errorbar(
-        [score.mean for score in scores],
+        [score.mean for score in there.values()],
         places,
-        xerr=[2 * score.std for score in scores],
+        xerr=[2 * score.std for score in there.values()],
         fmt="|",
         ms=9,
         color=GREY,
@@ -159,9 +169,10 @@ def _draw_scores(axes: Any, scores: Sequence[Shuffled], block_names: Sequence[st
         alpha=0.6,
         label="groups shuffled, ± 2 std",
     )
-    axes.plot([score.value for score in scores], places, "o", color=BLUE, label="by group")
+    values = [score.value for score in there.values()]
+    axes.plot(values, places, "o", color=BLUE, label="by group")
     axes.axvline(0, color=INK, lw=0.6)
-    axes.set_yticks(list(places), block_names, fontsize=9)
+    axes.set_yticks(range(len(scores)), block_names, fontsize=9)
     axes.set_ylim(len(scores) - 0.5, -0.5)
     axes.set_xlabel("silhouette (cosine)")
     axes.set_title("by block", fontsize=9.5, loc="left")

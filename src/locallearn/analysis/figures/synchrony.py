@@ -5,6 +5,7 @@ Shapes: K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ _MAX_NAMED_CLASSES = 20
 
 
 def plot_synchrony(
-    results: Sequence[Synchrony],
-    before: Sequence[Synchrony] | None,
+    results: Sequence[Synchrony | None],
+    before: Sequence[Synchrony | None] | None,
     *,
     block_names: Sequence[str],
     place: int,
@@ -28,7 +29,7 @@ def plot_synchrony(
     """The figure, matplotlib's.
 
     Arguments:
-        results: of each block.
+        results: of each block; None, which leaves a gap, of one without spectra.
         before: the same of the untrained network, or None.
         block_names: of each.
         place: of the block whose spectra are drawn.
@@ -40,12 +41,14 @@ def plot_synchrony(
     Raises:
         UserError: matplotlib is not installed.
     """
+    chosen = results[place]
+    assert chosen is not None
     figure = figure_class()(figsize=(12, 1.9 + 1.9 * max(2, len(shown))), layout="constrained")
     figure.suptitle(f"{title}, block {block_names[place]}", fontsize=12, x=0.01, ha="left")
     left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
     rows = left.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axes, number in zip(rows, shown, strict=True):
-        _draw_spectra(axes, results[place], number, class_names[number])
+        _draw_spectra(axes, chosen, number, class_names[number])
     rows[0].set_title(
         f"share of the energy: mean latent up, {reference} down",
         fontsize=9.5,
@@ -53,7 +56,7 @@ def plot_synchrony(
     )
     rows[-1].set_xlabel("frequency, cycles per place of the latent")
     top, bottom = right.subplots(2, 1, height_ratios=(1.5, 1))
-    _draw_energy(top, results[place], class_names)
+    _draw_energy(top, chosen, class_names)
     _draw_blocks(bottom, results, before, block_names)
     return figure
 
@@ -108,13 +111,12 @@ def _draw_energy(axes: Any, result: Synchrony, class_names: Sequence[str]) -> No
 
 def _draw_blocks(
     axes: Any,
-    results: Sequence[Synchrony],
-    before: Sequence[Synchrony] | None,
+    results: Sequence[Synchrony | None],
+    before: Sequence[Synchrony | None] | None,
     block_names: Sequence[str],
 ) -> None:
     places = range(len(results))
-    mean = [100 * result.index.mean for result in results]
-    std = [100 * result.index.std for result in results]
+    mean, std = (_percent(results, field) for field in ("mean", "std"))
     axes.fill_between(
         places,
         [m - 2 * s for m, s in zip(mean, std, strict=True)],
@@ -128,7 +130,7 @@ def _draw_blocks(
     if before is not None:
         axes.plot(
             places,
-            [100 * result.index.value for result in before],
+            _percent(before, "value"),
             color=VERMILION,
             marker="s",
             ms=4,
@@ -136,8 +138,9 @@ def _draw_blocks(
             ls=(0, (4, 2)),
             label="before training",
         )
-    values = [100 * result.index.value for result in results]
-    axes.plot(places, values, color=BLUE, marker="o", ms=5, lw=1.6, label="trained")
+    axes.plot(
+        places, _percent(results, "value"), color=BLUE, marker="o", ms=5, lw=1.6, label="trained"
+    )
     axes.set_xticks(list(places), block_names, fontsize=8)
     if len(block_names) > 7:
         axes.tick_params(axis="x", rotation=45)
@@ -154,3 +157,8 @@ def _draw_blocks(
         borderpad=0,
     )
     bare(axes)
+
+
+def _percent(results: Sequence[Synchrony | None], field: str) -> list[float]:
+    """A value of each block's index; NaN, which leaves a gap, where there is none."""
+    return [math.nan if each is None else 100 * getattr(each.index, field) for each in results]

@@ -12,11 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from locallearn.cli.analyze.opening import (
-    BatchSizeOption,
     BlockOption,
-    CacheOption,
-    DataDirOption,
-    DeviceOption,
     Opened,
     OutOption,
     RunArgument,
@@ -27,6 +23,7 @@ from locallearn.cli.analyze.opening import (
     open_run,
     write_figure,
 )
+from locallearn.cli.options import BatchSizeOption, CacheOption, DataDirOption, DeviceOption
 from locallearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +34,7 @@ if TYPE_CHECKING:
     from locallearn.data import Dataset
 
 _SIGNIFICANT = 0.05
-_MIN_IMAGES = 6  # of five there are 32 signs, too few for such a p on both controls
+_MIN_IMAGES = 5  # of four there are 16 choices of signs, too few for such a p
 _MAX_NAMED_FILES = 3
 
 
@@ -104,9 +101,10 @@ def gradcam(
     layers = [_layer(each, block) for each in opened]
     directory = figure_directory(run, out)
     if images:
-        inputs, labels = _read_files(opened, images), None
+        inputs, labels, order = _read_files(opened, images), None, None
     else:
-        inputs, labels = _draw_test_images(opened, data_dir, cache, max(check, num_images), seed)
+        num = max(check, num_images)
+        inputs, labels, order = _draw_test_images(opened, data_dir, cache, num, seed)
     results = [
         _explain(each, layer, seen, wanted, batch_size, seed)
         for each, (_, layer), seen in zip(opened, layers, inputs, strict=True)
@@ -141,18 +139,23 @@ def gradcam(
         f"seed-{seed}" if seed and not images else None,
     )
     write_figure(
+        opened[0],
         directory,
         name,
         figure,
         caption,
         {
             "target": "predicted" if wanted is None else names[wanted],
-            "images": titles,
+            "images": [Path(image).name for image in images or []] or None,
+            "test_images": None if order is None else [int(order[number]) for number in shown],
+            "true_classes": None if labels is None else titles,
+            "seed": seed,
             "num_checked": len(inputs[0]),
             "runs": [
                 {
                     "run": Path(each.run).resolve().name,
                     "title": each.title,
+                    "epochs": each.num_epochs,
                     "block": layer,
                     "predicted": [names[int(result.predicted[number])] for number in shown],
                     "probability": [float(result.probability[number]) for number in shown],
@@ -175,10 +178,13 @@ class _Explained:
 
     def numbers(self) -> dict[str, Any]:
         """The check as plain values."""
-        from locallearn.analysis.gradcam import excess
+        from locallearn.analysis.gradcam import MASKED_SHARE, excess
 
         drops = self.deletion
+        positive = (self.heat > 0).flatten(1).double().mean(dim=1)
         return {
+            "mean_positive_share": float(positive.mean()),
+            "num_with_less_positive_than_deleted": int((positive < MASKED_SHARE).sum()),
             "drop_hottest": float(drops.hottest.mean()),
             "drop_shifted": float(drops.shifted.mean()),
             "drop_other": None if drops.other is None else float(drops.other.mean()),
@@ -240,6 +246,13 @@ def _check_alike(first: Opened, second: Opened) -> None:
                 f"--beside {second.run} was trained on other data: its {what} differ from those of "
                 f"{first.run}. Give a run on the same data."
             )
+    # The fingerprint of a run that streams its images is another than of one that holds them.
+    parts = [config.data["fingerprint"].split("-")[1:2] for config in (a, b)]  # train-test
+    if parts[0] != parts[1] and a.data["in_memory"] == b.data["in_memory"]:
+        raise UserError(
+            f"--beside {second.run} has other test images than {first.run}. Give a run on the same "
+            f"data."
+        )
 
 
 def _read_files(opened: list[Opened], images: list[str]) -> list[Tensor]:
@@ -249,12 +262,7 @@ def _read_files(opened: list[Opened], images: list[str]) -> list[Tensor]:
     from locallearn.data import read_for_prediction
 
     for each in opened:
-        if each.trained.needs_recalibration:
-            raise UserError(
-                f"{each.run} was stopped in the middle of an epoch and its BatchNorm statistics "
-                f"are not those of its weights. Finish it with `locallearn train --resume "
-                f"{each.run}`."
-            )
+        each.trained.check_statistics(each.run)
     paths = [Path(image) for image in images]
     return [
         torch.cat(list(read_for_prediction(paths, each.trained.config.inputs))) for each in opened
@@ -263,8 +271,8 @@ def _read_files(opened: list[Opened], images: list[str]) -> list[Tensor]:
 
 def _draw_test_images(
     opened: list[Opened], data_dir: str | None, cache: str | None, num: int, seed: int
-) -> tuple[list[Tensor], Tensor]:
-    """Test images drawn at random, as each network sees them, and their labels."""
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Test images drawn at random, as each network sees them; their labels; and which they are."""
     import torch
 
     dataset = opened[0].load_data(data_dir, cache, None)
@@ -277,7 +285,7 @@ def _draw_test_images(
         if number and each.trained.needs_recalibration:
             each.recalibrate(each.learner, seen)
         inputs.append(torch.cat([batch.cpu() for batch, _ in _batches(each, seen)]))
-    return inputs, dataset.test.labels.cpu()
+    return inputs, dataset.test.labels.cpu(), order
 
 
 def _batches(opened: Opened, dataset: Dataset) -> Iterator[tuple[Tensor, Tensor]]:
@@ -354,27 +362,42 @@ def _caption(
     wanted: int | None,
 ) -> str:
     """What the figure shows, in numbers, and whether the maps are of what counts."""
-    which = f"{len(shown)} image files"
-    if labels is not None:
-        right = int((results[0].predicted == labels)[shown].sum())
-        which = (
-            f"{len(shown)} test images drawn at random, {right} of them classified rightly and "
-            f"{len(shown) - right} wrongly"
-        )
     of = "the predicted class" if wanted is None else names[wanted]
-    parts = [f"Grad-CAM for {of} on {which}."]
+    if labels is None:
+        which = _counted(len(shown), "image file")
+    else:
+        num_right = int((results[0].predicted == labels)[shown].sum())
+        which = _drawn(opened, len(labels), num_right, len(shown) - num_right)
+    parts = [f"Grad-CAM for {of}: {which}."]
     for each, (layer, _), result in zip(opened, layers, results, strict=True):
         n = result.numbers()
         other = "" if n["drop_other"] is None else (
-            f" and by {100 * n['drop_other']:.1f} under other images' masks"
+            f" and by {-100 * n['drop_other']:+.1f} under other images' masks"
         )  # fmt: skip
+        num = len(result.predicted)
         parts.append(
-            f"{each.title}, block {layer}: deleting the hottest fifth of the pixels lowers the "
-            f"probability by {100 * n['drop_hottest']:.1f} points on average "
-            f"({len(result.predicted)} images), by {100 * n['drop_shifted']:.1f} where the masks "
-            f"are shifted{other}{_verdict(n, len(result.predicted))}"
+            f"{each.title}, block {layer}: deleting the hottest fifth of the pixels changes the "
+            f"probability by {-100 * n['drop_hottest']:+.1f} points on average "
+            f"({_counted(num, 'image')}), by {-100 * n['drop_shifted']:+.1f} where the masks are "
+            f"shifted{other}{_verdict(n, num)}"
         )
     return " ".join(parts)
+
+
+def _drawn(opened: list[Opened], num: int, num_right: int, num_wrong: int) -> str:
+    """Which of so many test images are shown: the split is the command's, not the network's."""
+    whose = opened[0].title if len(opened) == 1 else f"the first network ({opened[0].title})"
+    subjects = iter((whose, "it"))
+    halves = [
+        f"the first {f'{count} ' if count > 1 else ''}that {next(subjects)} classifies {how}"
+        for count, how in ((num_right, "rightly"), (num_wrong, "wrongly"))
+        if count
+    ]
+    return f"of {_counted(num, 'test image')} drawn at random, {' and '.join(halves)}"
+
+
+def _counted(num: int, noun: str) -> str:
+    return f"{num:,} {noun}{'' if num == 1 else 's'}"
 
 
 def _verdict(numbers: dict[str, Any], num_images: int) -> str:
@@ -382,5 +405,5 @@ def _verdict(numbers: dict[str, Any], num_images: int) -> str:
         return ". Of so few images that can't be told from chance."
     controls = [numbers["excess_over_shifted"], numbers["excess_over_other"]]
     if all(control["p_value"] < _SIGNIFICANT for control in controls):
-        return ", so the maps point at what the answers rest on, as the paper's do."
-    return ", so the maps are not shown to point at what the answers rest on, as the paper's would."
+        return ", so the maps point at what the answers rest on."
+    return ", so the maps are not shown to point at what the answers rest on."

@@ -9,10 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from locallearn.cli.analyze.opening import (
-    BatchSizeOption,
-    CacheOption,
-    DataDirOption,
-    DeviceOption,
     LimitOption,
     Opened,
     OutOption,
@@ -22,6 +18,7 @@ from locallearn.cli.analyze.opening import (
     open_run,
     write_figure,
 )
+from locallearn.cli.options import BatchSizeOption, CacheOption, DataDirOption, DeviceOption
 from locallearn.errors import UserError
 
 
@@ -83,7 +80,7 @@ def layers(
         "network_test_acc": curves.test,
     }
     figure = plot_layers(curves, by_block, network, title=opened.title)
-    write_figure(directory, figure_name("layers"), figure, caption, numbers)
+    write_figure(opened, directory, figure_name("layers"), figure, caption, numbers)
 
 
 def _caption(
@@ -91,17 +88,38 @@ def _caption(
 ) -> str:
     """What the figure shows, in numbers."""
     each = ", ".join(f"{name} {accuracy:.1f} %" for name, accuracy in by_block.items())
-    names = list(by_block)
-    falls = [b for a, b in pairwise(names) if by_block[b] < by_block[a]]
-    shown = (
+    return (
         f"Accuracy of each block's own head over {num_epochs} epochs ({opened.title}), and on "
-        f"{num:,} test images at the end: {each}; the network's classifier {network:.1f} %."
+        f"{num:,} test images at the end: {each}; the network's classifier {network:.1f} %. "
+        f"{describe_course(by_block, network)}The paper has no such figure."
     )
-    if falls:
-        shown += f" It falls at {', '.join(falls)}, and elsewhere grows from block to block."
-    else:
-        shown += (
-            f" It grows from block to block, from {by_block[names[0]]:.1f} % at {names[0]} to "
-            f"{by_block[names[-1]]:.1f} % at {names[-1]}: later blocks add to earlier ones."
-        )
-    return f"{shown} The paper has no such figure."
+
+
+def describe_course(by_block: dict[str, float], network: float) -> str:
+    """How accuracy goes from block to block, as it is printed, in sentences with a space behind.
+
+    Arguments:
+        by_block: block name -> percent, in the order of the forward.
+        network: the classifier's, percent.
+    """
+    names, values = list(by_block), [round(value, 1) for value in by_block.values()]
+    if len(names) == 1:
+        return ""
+    steps = list(zip(names[1:], pairwise(values), strict=True))
+    courses = {
+        "falls": [name for name, (before, after) in steps if after < before],
+        "stays the same": [name for name, (before, after) in steps if after == before],
+        "rises": [name for name, (before, after) in steps if after > before],
+    }
+    there = {verb: at for verb, at in courses.items() if at}
+    parts = [f"{verb} at {', '.join(at)}" for verb, at in there.items()]
+    if len(there) == 1:
+        parts = [f"{next(iter(there))} from block to block"]
+    elif len(there.get("rises", [])) > 1:
+        parts[-1] = "rises at every other step"
+    *first, last = parts
+    listed = f"{', '.join(first)} and {last}" if first else last
+    course = f"The heads' accuracy {listed}. "
+    if values[-1] > round(network, 1):
+        course += "The last block's own head is right more often than the classifier behind it. "
+    return course

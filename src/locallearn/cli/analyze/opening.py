@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from locallearn.cli.command import running_command
 from locallearn.cli.run_data import load_run_data
 from locallearn.errors import UserError
 
@@ -30,21 +29,9 @@ OutOption = Annotated[
     str | None,
     typer.Option(help="Directory to write to. Default: RUN/figures.", show_default=False),
 ]
-DataDirOption = Annotated[
-    str | None, typer.Option(help="Where the data is now, if it has moved.", show_default=False)
-]
-CacheOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Where decoded images are kept, instead of the run's --cache; '' for nowhere.",
-        show_default=False,
-    ),
-]
 LimitOption = Annotated[
     int | None, typer.Option(help="Use so many test images at most.", show_default=False)
 ]
-BatchSizeOption = Annotated[int, typer.Option(help="Images at a time.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 SeedOption = Annotated[
     int, typer.Option(help="Of whatever is drawn at random.", min=0, max=2**32 - 1)
 ]
@@ -79,7 +66,17 @@ class Opened:
     @property
     def title(self) -> str:
         """The run in a few words."""
-        return f"{self.settings.model}, {self.settings.rule}, {self.settings.dataset}"
+        from locallearn.engine.config import data_name
+
+        return f"{self.settings.model}, {self.settings.rule}, {data_name(self.settings)}"
+
+    @property
+    def num_epochs(self) -> int:
+        """Finished epochs."""
+        if self.trained.num_epochs is not None:
+            return self.trained.num_epochs
+        assert self.settings.epochs is not None  # the weights' own file is of a finished run
+        return self.settings.epochs
 
     def views(self) -> list[BlockView]:
         """The blocks, and what a head reads of them."""
@@ -144,10 +141,16 @@ def figure_name(*parts: str | None) -> str:
 
 
 def write_figure(
-    directory: Path, name: str, figure: Any, caption: str, numbers: dict[str, Any]
+    opened: Opened,
+    directory: Path,
+    name: str,
+    figure: Any,
+    caption: str,
+    numbers: dict[str, Any],
 ) -> None:
     """NAME.png, NAME.svg, and NAME.json, which says what they show; and print where they are."""
     from locallearn.analysis.figures.drawing import written
+    from locallearn.engine.environment import describe_environment
     from locallearn.engine.files import write_atomically, write_json
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -159,8 +162,10 @@ def write_figure(
         {
             "figure": name,
             "caption": caption,
-            "command": shlex.join(["locallearn", *sys.argv[1:]]),
+            "command": running_command(),
             "numbers": numbers,
+            "epochs": opened.num_epochs,
+            "environment": describe_environment(opened.device.type),
         },
     )
     print(f"written to {directory / name}.png, .svg and .json")

@@ -11,11 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from locallearn.cli.analyze.opening import (
-    BatchSizeOption,
     BlockOption,
-    CacheOption,
-    DataDirOption,
-    DeviceOption,
     LimitOption,
     Opened,
     OutOption,
@@ -27,6 +23,7 @@ from locallearn.cli.analyze.opening import (
     open_run,
     write_figure,
 )
+from locallearn.cli.options import BatchSizeOption, CacheOption, DataDirOption, DeviceOption
 from locallearn.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
@@ -77,6 +74,7 @@ def semantics(
         directions,
         embed,
         euclidean_distances,
+        num_arrangements,
         silhouette,
     )
     from locallearn.analysis.superclasses import groups_of
@@ -99,13 +97,21 @@ def semantics(
         check_every_class(names, means.counts)
         vectors = [means.means[view.name] for view in views]
 
-    scores = [
-        silhouette(cosine_distances(directions(each)), by_class, seed=seed) for each in vectors
-    ]
+    scores: list[Shuffled | None] = []
+    for number, each in enumerate(vectors):
+        try:
+            scores.append(silhouette(cosine_distances(directions(each)), by_class, seed=seed))
+        except UserError as error:
+            if number == place:
+                raise UserError(f"block {views[number].name}: {error}") from error
+            scores.append(None)
+    chosen = scores[place]
+    assert chosen is not None
     embedding = embed(directions(vectors[place]), seed=seed)
     of_embedding = silhouette(euclidean_distances(embedding.points), by_class, seed=seed)
     what = "column of M" if of == "modulation" else "mean latent"
-    caption = _caption(opened, views[place].name, what, by_class, scores[place], of_embedding)
+    verdict = _verdict(chosen, by_class, _saying(of, views[place], by_class))
+    caption = _caption(opened, views[place].name, what, by_class, chosen, of_embedding, verdict)
     _print(views, scores)
     print(caption)
     figure = plot_semantics(
@@ -129,15 +135,17 @@ def semantics(
         "of": of,
         "class_names": list(names),
         "groups": by_class,
+        "num_arrangements": num_arrangements(by_class),
+        "seed": seed,
         "perplexity": embedding.perplexity,
         "points": embedding.points.tolist(),
         "silhouette_of_points": asdict(of_embedding),
         "blocks": [
-            {"block": view.name, "silhouette": asdict(score)}
+            {"block": view.name, "silhouette": None if score is None else asdict(score)}
             for view, score in zip(views, scores, strict=True)
         ],
     }
-    write_figure(directory, name, figure, caption, numbers)
+    write_figure(opened, directory, name, figure, caption, numbers)
 
 
 def _modulations(opened: Opened, views: list[BlockView]) -> list[Tensor]:
@@ -168,33 +176,58 @@ def _caption(
     by_class: list[str],
     score: Shuffled,
     of_embedding: Shuffled,
+    verdict: str,
 ) -> str:
     """What the figure shows, in numbers, and whether it is what the paper says."""
-    shown = (
+    return (
         f"t-SNE of the {len(by_class)} classes by their {what} in block {block} ({opened.title}), "
-        f"coloured by {len(set(by_class))} groups: the silhouette by group is {score.value:.3f}, "
-        f"{score.mean:.3f} ± {score.std:.3f} with the groups shuffled (p = {score.p_value:.3f}); "
-        f"of the points drawn it is {of_embedding.value:.3f}."
+        f"coloured by {len(set(by_class))} groups; the silhouette by group is {score.value:.3f} "
+        f"({score.mean:.3f} ± {score.std:.3f} with the groups shuffled, p = {score.p_value:.3f}), "
+        f"and of the points drawn it is {of_embedding.value:.3f}. {verdict}"
     )
+
+
+def _saying(of: str, view: BlockView, by_class: list[str]) -> str:
+    """How what is looked at stands to the paper's statement, of M and CIFAR-100's superclasses."""
+    from locallearn.analysis.superclasses import CIFAR100
+    from locallearn.rules import MatrixModulatedHead
+
+    if of == "modulation":
+        is_the_papers = set(by_class) == set(CIFAR100)
+        return "as the paper says" + ("" if is_the_papers else " of CIFAR-100's superclasses")
+    if isinstance(view.head, MatrixModulatedHead):
+        return "though the paper says so of M, not of latents"
+    return "which the data brings about without M"
+
+
+def _verdict(score: Shuffled, by_class: list[str], saying: str) -> str:
+    """What the score says, and ``saying`` where it says so."""
+    from locallearn.analysis.semantics import num_arrangements
+
+    if 1 / num_arrangements(by_class) >= _SIGNIFICANT:
+        return "There are too few classes to tell whether that is chance."
     if score.p_value >= _SIGNIFICANT:
         return (
-            f"{shown} That is no more than by chance: it does not show the arrangement by meaning "
-            f"that the paper says."
+            f"That is not told from chance at p < {_SIGNIFICANT}: it does not show that classes of "
+            f"a group lie close together."
         )
     if score.value <= 0:
         return (
-            f"{shown} Classes of a group lie closer than by chance, as the paper says, though on "
-            f"average no closer than the nearest other group."
+            "Classes of a group lie closer than by chance, though on average no closer than the "
+            "nearest other group."
         )
-    return f"{shown} It shows what the paper says: classes of a group lie close together."
+    return f"Classes of a group lie close together, more than by chance, {saying}."
 
 
-def _print(views: list[BlockView], scores: list[Shuffled]) -> None:
+def _print(views: list[BlockView], scores: list[Shuffled | None]) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for heading in ("block", "silhouette", "groups shuffled", "p"):
         justify: Literal["left", "right"] = "left" if heading == "block" else "right"
         table.add_column(heading, justify=justify, no_wrap=True)
     for view, score in zip(views, scores, strict=True):
+        if score is None:
+            table.add_row(view.name, "-", "-", "-")
+            continue
         spread = f"{score.mean:.3f} ± {score.std:.3f}"
         table.add_row(view.name, f"{score.value:.3f}", spread, f"{score.p_value:.3f}")
     Console(highlight=False).print(table)

@@ -9,11 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from locallearn.cli.analyze.opening import (
-    BatchSizeOption,
     BlockOption,
-    CacheOption,
-    DataDirOption,
-    DeviceOption,
     LimitOption,
     Opened,
     OutOption,
@@ -26,6 +22,7 @@ from locallearn.cli.analyze.opening import (
     open_run,
     write_figure,
 )
+from locallearn.cli.options import BatchSizeOption, CacheOption, DataDirOption, DeviceOption
 from locallearn.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
@@ -34,6 +31,7 @@ if TYPE_CHECKING:
     from locallearn.analysis.latents import BlockView, ClassMeans
     from locallearn.analysis.synchrony import Synchrony
     from locallearn.data import Dataset
+    from locallearn.rules import LLS
 
 _IMAGES = ("correct", "all")
 _MAX_SHOWN = 4
@@ -65,7 +63,11 @@ def synchrony(
     ] = None,
     setting: Annotated[
         str | None,
-        typer.Option(help="Of --basis: official or paper. Default: official.", show_default=False),
+        typer.Option(
+            help="Of those waves: official or paper. Default of both: the run's own, or square and "
+            "official.",
+            show_default=False,
+        ),
     ] = None,
     untrained: Annotated[
         bool, typer.Option(help="Compare with the network before its training.")
@@ -98,7 +100,8 @@ def synchrony(
     shown = class_numbers(opened.class_names, classes) if classes is not None else [0, 1]
     if not 2 <= len(shown) <= _MAX_SHOWN:
         raise UserError(f"--classes takes two to {_MAX_SHOWN} classes, got {len(shown)}.")
-    references, reference = _references(opened, views, basis, setting)
+    waves = _asked_waves(opened, basis, setting)
+    references, reference = _references(opened, views, waves)
     directory = figure_directory(run, out)
     dataset = opened.load_data(data_dir, cache, limit)
     loader = opened.test_loader(dataset, batch_size)
@@ -107,25 +110,35 @@ def synchrony(
     check_every_class(opened.class_names, means.counts, only_correct=only_correct)
     names = [view.name for view in views]
 
-    def compare(observed: ClassMeans) -> list[Synchrony]:
-        pairs = zip(names, references, strict=True)
-        return [measure(observed.means[each], rows, seed=seed) for each, rows in pairs]
+    def compare(observed: ClassMeans) -> list[Synchrony | None]:
+        """None of a block that has no spectra to compare."""
+        results: list[Synchrony | None] = []
+        for each, rows in zip(names, references, strict=True):
+            try:
+                results.append(measure(observed.means[each], rows, seed=seed))
+            except UserError as error:
+                if each == names[place] and observed is means:
+                    raise UserError(f"block {each}: {error}") from error
+                results.append(None)
+        return results
 
     results = compare(means)
+    chosen = results[place]
+    assert chosen is not None
     before = None
     if untrained:
-        before = compare(_before_training(opened, views, dataset, batch_size))
+        before = compare(_before_training(opened, views, dataset, batch_size, means.kept))
 
     name = figure_name(
         "synchrony",
         views[place].name,
-        f"{basis or 'square'}-{setting or 'official'}" if basis or setting else None,
+        None if waves is None else f"{waves.basis}-{waves.setting}",
         "-".join(opened.class_names[number] for number in shown) if classes else None,
         "all" if images == "all" else None,
     )
-    caption = _caption(opened, views[place].name, results[place], means, reference, only_correct)
-    if before is not None:
-        caption += f" Before training the index was {100 * before[place].index.value:.1f} %."
+    caption = _caption(opened, views[place].name, chosen, means, reference, only_correct)
+    if before is not None and (fresh := before[place]) is not None:
+        caption += f" Before training the index was {100 * fresh.index.value:.1f} %."
     _print(opened, views, results, before)
     print(caption)
     figure = plot_synchrony(
@@ -144,40 +157,56 @@ def synchrony(
         "class_names": list(opened.class_names),
         "shown": [opened.class_names[number] for number in shown],
         "images": images,
-        "num_images": means.num_images,
+        "num_images": len(means.kept),
         "images_by_class": means.counts.tolist(),
-        "energy": results[place].energy.tolist(),
+        "seed": seed,
+        "energy": chosen.energy.tolist(),
+        "frequencies_cycles_per_place": chosen.frequencies.tolist(),
+        "spectra": {
+            opened.class_names[number]: {
+                "activation": chosen.activation[number].tolist(),
+                "reference": chosen.reference[number].tolist(),
+            }
+            for number in shown
+        },
         "blocks": [
             {
                 "block": view.name,
                 "latent_length": view.spec.latent_length,
-                **result.numbers(),
-                "before_training": None if before is None else before[number].numbers(),
+                **({"index": None} if result is None else result.numbers()),
+                "before_training": None if fresh is None else fresh.numbers(),
             }
-            for number, (view, result) in enumerate(zip(views, results, strict=True))
+            for view, result, fresh in zip(
+                views, results, before or [None] * len(views), strict=True
+            )
         ],
     }
-    write_figure(directory, name, figure, caption, numbers)
+    write_figure(opened, directory, name, figure, caption, numbers)
 
 
 def _print(
     opened: Opened,
     views: list[BlockView],
-    results: list[Synchrony],
-    before: list[Synchrony] | None,
+    results: list[Synchrony | None],
+    before: list[Synchrony | None] | None,
 ) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for heading in ("block", "index %", "shuffled %", "p", "untrained %", "peaks", "match"):
+    headings = ("block", "index %", "shuffled %", "p", "untrained %", "peaks", "match")
+    for heading in headings:
         justify: Literal["left", "right"] = "left" if heading == "block" else "right"
         table.add_column(heading, justify=justify, no_wrap=True)
-    for number, (view, result) in enumerate(zip(views, results, strict=True)):
+    untaught = before or [None] * len(views)
+    for view, result, fresh in zip(views, results, untaught, strict=True):
+        if result is None:
+            table.add_row(view.name, *["-"] * (len(headings) - 1))
+            continue
         index, match = result.index, result.match
         table.add_row(
             view.name,
             f"{100 * index.value:.1f}",
             f"{100 * index.mean:.1f} ± {100 * index.std:.1f}",
             f"{index.p_value:.4f}",
-            "-" if before is None else f"{100 * before[number].index.value:.1f}",
+            "-" if fresh is None else f"{100 * fresh.index.value:.1f}",
             f"{result.num_peaks_at_own} of {len(opened.class_names)}",
             f"{match.value:.2f} ({match.mean:.2f} ± {match.std:.2f})",
         )
@@ -185,9 +214,9 @@ def _print(
 
 
 def _before_training(
-    opened: Opened, views: list[BlockView], dataset: Dataset, batch_size: int
+    opened: Opened, views: list[BlockView], dataset: Dataset, batch_size: int, kept: Tensor
 ) -> ClassMeans:
-    """The same images' latents, all of them, in the network as its seed made it."""
+    """Latents of those test images that are ``kept``, in the network as its seed made it."""
     import torch
 
     from locallearn.analysis.latents import block_views, class_means
@@ -201,7 +230,7 @@ def _before_training(
     fresh = block_views(learner, head_after_pool=settings.head_after_pool)
     assert [view.name for view in fresh] == [view.name for view in views]
     loader = opened.test_loader(dataset, batch_size)
-    return class_means(learner, fresh, loader.epoch(), only_correct=False)
+    return class_means(learner, fresh, loader.epoch(), among=kept)
 
 
 def _caption(
@@ -213,46 +242,65 @@ def _caption(
     only_correct: bool,
 ) -> str:
     """What the figure shows, in numbers, and whether it is what the paper says."""
-    index, num_classes = result.index, len(opened.class_names)
     num = int(means.counts.sum())
     which = f"{num:,} test images classified rightly" if only_correct else f"{num:,} test images"
     shown = (
         f"Spectra of the mean latents by class of block {block} ({opened.title}; {which}) beside "
-        f"those of {reference}: {100 * index.value:.1f} % of a class's energy lies at its own "
-        f"wave's frequency, {100 * index.mean:.1f} ± {100 * index.std:.1f} % with the classes "
-        f"shuffled (p = {index.p_value:.4f}), and the spectrum peaks there for "
-        f"{result.num_peaks_at_own} of {num_classes} classes."
+        f"those of {reference}. {_finding(result)}"
     )
+    if result.num_overlapping:
+        shown += (
+            f" {result.num_overlapping} of the classes have a frequency so near another's that the "
+            f"two can't be told apart fully."
+        )
+    return shown
+
+
+def _finding(result: Synchrony) -> str:
+    index, num_classes, num_peaks = result.index, len(result.peaks), result.num_peaks_at_own
     if num_classes < _MIN_CLASSES:
-        return f"{shown} Of so few classes shuffling can't tell whether that is chance."
-    if index.p_value >= _SIGNIFICANT:
-        return (
-            f"{shown} That is no more than by chance: it does not show the synchronisation that "
-            f"the paper says."
-        )
-    if 2 * result.num_peaks_at_own < num_classes:
-        return (
-            f"{shown} That is more than by chance, but most spectra peak elsewhere: it shows less "
-            f"than the paper says."
-        )
-    return f"{shown} It shows what the paper says: activations swing at their class's frequency."
+        told, end = "which of so few classes can't be told from chance", "."
+    elif index.p_value >= _SIGNIFICANT:
+        told = f"not told from chance at p < {_SIGNIFICANT}"
+        end = ": it does not show the synchronisation that the paper says."
+    elif 2 * num_peaks < num_classes:
+        told, end = "more than by chance", ", while most peak elsewhere: less than the paper says."
+    else:
+        told, end = "more than by chance", ", as the paper shows for two."
+    return (
+        f"{100 * index.value:.1f} % of a class's energy lies at its own wave's frequency, {told} "
+        f"({100 * index.mean:.1f} ± {100 * index.std:.1f} % with the classes shuffled, "
+        f"p = {index.p_value:.4f}), and the spectrum peaks there for {num_peaks} of {num_classes} "
+        f"classes ({result.num_peaks_shuffled:.1f} shuffled){end}"
+    )
+
+
+def _asked_waves(opened: Opened, basis: str | None, setting: str | None) -> LLS | None:
+    """The waves to look for instead of what the rule compares with; None where none are asked."""
+    from locallearn.rules import LLS
+    from locallearn.rules.lls import BasisRule
+
+    if basis is None and setting is None:
+        return None
+    rule = opened.learner.rule
+    own = rule if isinstance(rule, BasisRule) else LLS()
+    waves = LLS(basis=basis or own.basis, setting=setting or own.setting)
+    if waves.basis == "random":
+        raise UserError("a random basis has no frequencies. Give --basis cosine or square.")
+    return waves
 
 
 def _references(
-    opened: Opened, views: list[BlockView], basis: str | None, setting: str | None
+    opened: Opened, views: list[BlockView], waves: LLS | None
 ) -> tuple[list[Tensor], str]:
     """What each block's latents are compared with, (K, T), and what that is, in words."""
-    from locallearn.rules import LLS, LLSM, BasisHead, build_rule
+    from locallearn.rules import LLSM, BasisHead
     from locallearn.rules.lls import BasisRule, ModulatedRule
 
-    rule = opened.learner.rule
-    if basis is not None or setting is not None:
-        waves = build_rule("lls", basis=basis or "square", setting=setting or "official")
-        assert isinstance(waves, LLS)
-        if waves.basis == "random":
-            raise UserError("a random basis has no frequencies. Give --basis cosine or square.")
+    if waves is not None:
         rows = [waves.build_head(view.spec).projection() for view in views]
         return rows, f"B ({waves.basis}, {waves.setting})"
+    rule = opened.learner.rule
     advice = "Give --basis cosine or square to look for the waves that LLS would use."
     if not isinstance(rule, BasisRule):
         raise UserError(f"rule {rule.name!r} compares latents with no waves. {advice}")
