@@ -130,8 +130,7 @@ def reproduce(
             outcomes = run_cells(
                 plan.cells, num_jobs=jobs, listener=view, should_stop=lambda: bool(heard)
             )
-        paths = view.write()
-    view.print_result()
+        paths = view.finish()
     print(f"written to {', '.join(str(each) for each in paths)}")
     failed = {cell: each for cell, each in outcomes.items() if isinstance(each, Failed)}
     for cell, failure in failed.items():

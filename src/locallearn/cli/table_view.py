@@ -140,15 +140,17 @@ class TableView:
         """The result as it is now."""
         return write_table(self.plan, collect(self.plan))
 
-    def print_result(self) -> None:
-        """Accuracy and cost of each row, on standard output."""
+    def finish(self) -> list[Path]:
+        """Write the result, and print accuracy and cost of each row. Returns the files' paths."""
+        rows = collect(self.plan)
+        paths = write_table(self.plan, rows)
         console = Console(file=sys.stdout, highlight=False)
         if not console.is_terminal:
             console.width = _FILE_WIDTH
-        rows = collect(self.plan)
         for remark in remarks(self.plan, rows):
             console.print(remark, markup=False, soft_wrap=True)
         console.print(_result_table(self.plan, rows))
+        return paths
 
     def note(self, line: str) -> None:
         print(line, flush=True)
@@ -198,6 +200,7 @@ class TerminalTableView(TableView):
         super().__init__(plan, num_jobs)
         self.console = Console(file=sys.stdout, highlight=False)
         self._last = 0.0
+        self._marks = [Text(f"rehearsal: {each}", style="dim") for each in rehearsal_lines(plan)]
         self.live = Live(
             self.render(), console=self.console, auto_refresh=False, vertical_overflow="crop"
         )
@@ -219,7 +222,7 @@ class TerminalTableView(TableView):
             for cell, view in running
         ]
         # Where the terminal is too low for all rows, those around the first running one.
-        room = self.console.height - len(lines) - len(rehearsal_lines(self.plan)) - 6
+        room = self.console.height - len(lines) - len(self._marks) - 6
         names = [recipe.name for recipe in self.plan.table.recipes]
         first = 0
         if len(names) > room > 0:
@@ -239,11 +242,10 @@ class TerminalTableView(TableView):
             values = [value for value in found if value is not None]
             mean = str(MeanStd.of(values)) if values else ""
             table.add_row(recipe.name, *texts, *[""] * (num_seeds - len(texts)), mean)
-        marks = [Text(f"rehearsal: {line}", style="dim") for line in rehearsal_lines(self.plan)]
         hidden = len(names) - len(shown)
         more = [Text(f"and {hidden} more", style="dim")] if hidden else []
         return Group(
-            *marks, table, *more, Text(""), *lines, Text(self.summary_line(), style="bold")
+            *self._marks, table, *more, Text(""), *lines, Text(self.summary_line(), style="bold")
         )
 
 
