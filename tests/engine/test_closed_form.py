@@ -13,11 +13,10 @@ from locallearn import LocalLearner, UserError, build_model, build_rule
 from locallearn.analysis import step_cost
 from locallearn.data import load_dataset
 from locallearn.engine import TrainConfig
-from locallearn.engine.building import choose_run_backend
-from locallearn.engine.finding import count_normalized
+from locallearn.engine.blocks import recognize
+from locallearn.engine.building import choose_run_backend, count_normalized
 from locallearn.engine.learner import COMPILE_AFTER
 from locallearn.engine.measuring import peak_memory_bytes
-from locallearn.engine.units import has_closed_form
 from locallearn.models import Block, BlockNetwork, ConvBlock, DepthwiseSeparableBlock, LinearBlock
 from locallearn.rules import Rule
 
@@ -188,9 +187,9 @@ def patched_part(block: ConvBlock) -> None:
 def test_a_changed_block_takes_the_generic_path(change) -> None:
     """Else the change would be passed over. Its gradients are then autograd's own."""
     block = ConvBlock(3, 4, latent_size=2, max_pool=2)
-    assert has_closed_form(block)
+    assert recognize(block) is not None
     change(block)
-    assert not has_closed_form(block)
+    assert recognize(block) is None
     model = nn.Sequential(block, nn.Flatten(), nn.LazyLinear(4))
     images, labels = problem(8)
     model(images)
@@ -204,7 +203,7 @@ def test_a_subclass_takes_the_generic_path() -> None:
         def activation(self, x: Tensor) -> Tensor:
             return super().activation(x) * 2
 
-    assert not has_closed_form(Doubled(3, 4, latent_size=2))
+    assert recognize(Doubled(3, 4, latent_size=2)) is None
 
 
 @pytest.mark.parametrize("backend", ["autograd", "reference"])

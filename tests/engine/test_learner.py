@@ -427,15 +427,24 @@ def test_foreign_blocks_by_name() -> None:
     assert last.loss < first.loss
 
 
-def test_layers_outside_of_blocks_get_no_gradient_through_them() -> None:
+def test_layers_in_front_of_a_block_learn_with_it() -> None:
     images, labels = batch(16, classes=4)
     learner = LocalLearner(
         Residual(), "lls", num_classes=4, blocks=["mlp"], example_input=images, optimizer=sgd
     )
-    with pytest.warns(UserWarning, match=r"no block holds stem.0.weight, .* will not train"):
-        moved = gradients(learner, images, labels)
-    assert all(moved[f"model.{n}"].abs().max() == 0 for n in ("stem.0.weight", "right.weight"))
+    moved = gradients(learner, images, labels)
+    assert all(moved[f"model.{n}"].abs().max() > 0 for n in ("stem.0.weight", "right.weight"))
     assert moved["model.out.weight"].abs().max() > 0
+    assert set(learner.optimizers) == {"mlp", ""}
+
+
+def test_who_reads_no_output_is_warned_of() -> None:
+    images, labels = batch(16, classes=4)
+    model = Residual()
+    model.unused = nn.Linear(2, 2)
+    learner = LocalLearner(model, "lls", num_classes=4, example_input=images)
+    with pytest.warns(UserWarning, match=r"no block holds unused.weight, .* will not train"):
+        learner.step(images, labels)
 
 
 def test_a_model_that_ends_in_a_block() -> None:
@@ -480,7 +489,12 @@ class Twice(nn.Module):
     ("call", "message"),
     [
         (lambda: LocalLearner(nn.Linear(3, 2), "lls"), r"num_classes is not given"),
-        (lambda: LocalLearner(nn.Linear(3, 2), "lls", num_classes=2), r"no locallearn block. Name"),
+        (
+            lambda: LocalLearner(
+                nn.Linear(3, 2), "lls", num_classes=2, example_input=torch.zeros(2, 3)
+            ),
+            r"Linear has no block in front of its output layer",
+        ),
         (
             lambda: LocalLearner(Residual(), "lls", num_classes=4, blocks=["stam"]),
             r"the model has no module 'stam'",
@@ -490,8 +504,8 @@ class Twice(nn.Module):
             r"block 'stem.0' lies inside block 'stem'",
         ),
         (
-            lambda: LocalLearner(Residual(), "lls", num_classes=4, blocks=["stem"]),
-            r"give an example_input",
+            lambda: LocalLearner(Residual(), "lls", num_classes=4, blocks=["stem"]).block_names,
+            r"found from its first batch, .* give an example_input, or call build",
         ),
         (
             lambda: LocalLearner(build_model("smallconv"), "lls", precision="fp8"),

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.data.dataset import DATA_SEED, Dataset, stratified_order
-from locallearn.engine.finding import find_blocks, head_spec
+from locallearn.engine.assembly import head_spec
+from locallearn.engine.blocks import BlockPlan, own_blocks
 from locallearn.engine.learner import LocalLearner
 from locallearn.errors import UserError
 from locallearn.kernels import pool_latents
@@ -52,7 +53,12 @@ def block_views(learner: LocalLearner, *, head_after_pool: bool = False) -> list
     Of blocks that learn in groups, the last of each group, which the head reads. Where the rule has
     no local heads, every block.
     """
-    modules = find_blocks(learner.model, None)
+    modules = own_blocks(learner.model)
+    if not modules:
+        raise UserError(
+            f"the latents of {type(learner.model).__name__} can't be analysed: only those of the "
+            f"package's own networks can; see `locallearn list models`."
+        )
     is_local = isinstance(learner.rule, LocalRule)
     heads: dict[str, nn.Module] = {}
     if is_local:
@@ -63,7 +69,8 @@ def block_views(learner: LocalLearner, *, head_after_pool: bool = False) -> list
         assert isinstance(block, Block)
         assert head is None or isinstance(head, LocalHead)
         dtype = next(block.parameters()).dtype
-        spec = head_spec(name, block, learner.num_classes, dtype, None)
+        rule = learner.rule if isinstance(learner.rule, LocalRule) else LocalRule()
+        spec = head_spec(BlockPlan(name, (name,), block), learner.num_classes, dtype, rule)
         views.append(BlockView(name, block, head, spec, head_after_pool and is_local))
     return views
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from locallearn.engine.finding import find_blocks
+from locallearn.engine.blocks import own_blocks
 from locallearn.engine.learner import LocalLearner
 from locallearn.errors import UserError
 from locallearn.rules import Information
@@ -167,7 +167,7 @@ class _Audit:
 def _parameters_of_blocks(learner: LocalLearner) -> Mapping[str, list[str]]:
     """Block (or group) name -> names of its parameters, in the order of the forward."""
     modules = learner.block_modules or {
-        name: (block,) for name, block in find_blocks(learner.model, None).items()
+        name: (block,) for name, block in own_blocks(learner.model).items()
     }
     names = {id(p): name for name, p in learner.model.named_parameters()}
     return {

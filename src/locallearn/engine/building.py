@@ -6,6 +6,7 @@ import itertools
 import sys
 
 import torch
+from torch import Tensor, nn
 
 from locallearn.data import (
     SILENT,
@@ -18,10 +19,9 @@ from locallearn.data import (
 )
 from locallearn.data.dataset import free_memory_bytes
 from locallearn.engine.config import TrainConfig
-from locallearn.engine.finding import count_normalized
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
 from locallearn.kernels import choose_backend, missing_for
-from locallearn.models import BlockNetwork, build_model
+from locallearn.models import Block, BlockNetwork, build_model
 from locallearn.rules import HeadSpec, LatentHead, LocalRule
 
 # Batches that BatchNorm's running statistics are re-estimated on before an evaluation, where the
@@ -149,6 +149,23 @@ def _has_closed_form(settings: TrainConfig) -> bool:
     is_latent = isinstance(rule.build_head(HeadSpec(4, 2, num_channels=4)), LatentHead)
     style = settings.block_style()
     return is_latent and style.norm == "batch" and style.activation != "tanh"
+
+
+def count_normalized(model: nn.Module, example_input: Tensor) -> tuple[int, int]:
+    """How many locallearn blocks there are, and how many values their BatchNorms see."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    counts: list[int] = []
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        counts.append(inputs[0].numel())
+
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.register_forward_pre_hook(count)
+    with torch.no_grad():
+        model.eval()(example_input)
+    return len(blocks), sum(counts)
 
 
 def training_loader(settings: TrainConfig, dataset: Dataset, device: torch.device) -> ImageLoader:

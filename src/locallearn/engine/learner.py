@@ -17,20 +17,24 @@ import contextlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
-from locallearn.engine.finding import (
-    find_blocks,
-    find_checkpointed,
-    grouped,
-    head_spec,
-    output_shapes,
+from locallearn.engine.assembly import Assembly, Settings, assemble
+from locallearn.engine.blocks import (
+    Blocks,
+    Inputs,
+    NetworkPlan,
+    call_model,
+    needs_batch,
+    num_inputs,
+    plan_blocks,
 )
 from locallearn.engine.optimizers import (
     OptimizerFactory,
@@ -38,30 +42,11 @@ from locallearn.engine.optimizers import (
     optimizer_factory,
     set_mode,
 )
-from locallearn.engine.procedures import (
-    ErrorUnit,
-    ErrorUpdates,
-    LocalUpdates,
-    ModulatedUnit,
-    OutputLayer,
-    Procedure,
-    TwoForwards,
-    build_backpropagation,
-)
-from locallearn.engine.units import BlockUnit, build_unit
+from locallearn.engine.procedures import LocalUpdates, logits_of
+from locallearn.engine.units import BlockUnit, UnitSignal
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend, missing_for
-from locallearn.models import Block
-from locallearn.rules import (
-    Backprop,
-    ErrorRule,
-    HeadSpec,
-    LocalRule,
-    Pepita,
-    Requirement,
-    Rule,
-    build_rule,
-)
+from locallearn.rules import Backprop, Requirement, Rule, build_rule
 
 _log = logging.getLogger(__name__)
 
@@ -92,12 +77,33 @@ class StepResult:
     block_num_correct: dict[str, Tensor] = field(default_factory=dict)
 
 
+class LocalStep:
+    """What the blocks say of a batch while they learn in :meth:`LocalLearner.local_step`."""
+
+    def __init__(self) -> None:
+        self.signals: dict[str, UnitSignal] = {}
+
+    @property
+    def block_losses(self) -> dict[str, Tensor]:
+        """Block name -> its local loss, scalar, in the order of the forward."""
+        return {n: s.loss for n, s in self.signals.items() if s.loss is not None}
+
+    @property
+    def block_logits(self) -> dict[str, Tensor]:
+        """Block name -> its local logits, (N, K); only blocks whose rule has logits."""
+        return {n: s.logits for n, s in self.signals.items() if s.logits is not None}
+
+    @property
+    def block_num_correct(self) -> dict[str, Tensor]:
+        """Block name -> how many of these are highest at the label, scalar, int64."""
+        return {n: s.num_correct for n, s in self.signals.items() if s.num_correct is not None}
+
+
 class LocalLearner(nn.Module):
     """A model, a rule and their optimizers: ``step`` trains, calling the learner infers.
 
     Arguments:
-        model: any module from (N, ...) inputs to (N, K) logits. The package's networks know their
-            blocks; for others name them with ``blocks``.
+        model: any module from (N, ...) inputs to (N, K) logits.
         rule: a name (see ``list_rules()``) or a rule made by ``build_rule``.
         num_classes: K; the model's own ``num_classes`` where None.
         optimizer: a name, or a function from a list of parameters to an optimizer. Called once
@@ -105,10 +111,14 @@ class LocalLearner(nn.Module):
             schedulefree-adamw; pepita's is sgd.
         lr: learning rate; the named optimizer's usual one where None.
         weight_decay: of the named optimizer.
-        blocks: names of the blocks (as in ``model.named_modules()``); by default every
-            :class:`locallearn.models.Block` of the model.
-        example_input: an input batch, from which the output shapes of blocks that are not the
-            package's own are read; needed for those alone.
+        blocks: which modules are the blocks. "auto": every :class:`locallearn.models.Block` of the
+            model, and of any other model the repeated units of its stages (docs/own-model.md). Or
+            names as in ``model.named_modules()``, globs ("layer*.?"), module types, as a sequence
+            or in a string with commas ("stem,layer*.?,type:Bottleneck").
+        example_input: an input batch, as :meth:`step` takes it, from which blocks that are not the
+            package's own, and the shapes of their outputs, are read; without one, from the first
+            batch.
+        allow_reuse: whether a block may run more than once in a forward; it learns each time.
         group_blocks: so many blocks at a time learn together from the head of the last of them,
             with backpropagation between them. They must run one after the other.
         head_after_pool: a block's head reads what the block hands on, after its max-pool, and not
@@ -147,8 +157,9 @@ class LocalLearner(nn.Module):
         optimizer: str | OptimizerFactory | None = None,
         lr: float | None = None,
         weight_decay: float = 0.0,
-        blocks: Sequence[str] | None = None,
-        example_input: Tensor | None = None,
+        blocks: Blocks | None = "auto",
+        example_input: Inputs = None,
+        allow_reuse: bool = False,
         group_blocks: int = 1,
         head_after_pool: bool = False,
         precision: str = "fp32",
@@ -174,73 +185,49 @@ class LocalLearner(nn.Module):
         self.channels_last = channels_last
         if channels_last:
             model.to(memory_format=torch.channels_last)
-        reference = next(model.parameters(), torch.empty(0))
+        self._device = next(model.parameters(), torch.empty(0)).device
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         # Of several, the one that fewest backends take.
         dtype = next((d for d in dtypes if d != torch.float32), torch.float32)
-        self.backend = choose_backend(backend, reference.device.type, dtype)
+        self.backend = choose_backend(backend, self._device.type, dtype)
         self._later_backend: str | None = None
         if backend == "auto" and self.backend == "compiled":
             self.backend, self._later_backend = "autograd", "compiled"
         self._is_auto = backend == "auto"
         self._num_elements = 0  # values of z that the steps have made
         self.state_number = 0  # of the loaded states; a captured graph is for one
-        self._side_stream: torch.cuda.Stream | None = None
+        side_stream: torch.cuda.Stream | None = None
         if overlap_updates:
-            if reference.device.type != "cuda":
+            if self._device.type != "cuda":
                 raise UserError(
-                    f"overlap_updates needs CUDA streams; the model is on {reference.device.type}."
+                    f"overlap_updates needs CUDA streams; the model is on {self._device.type}."
                 )
-            self._side_stream = torch.cuda.Stream(  # type: ignore[no-untyped-call]
-                reference.device
-            )
+            side_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
         # What the first inference after training re-estimates BatchNorm's statistics on.
-        self._recent: deque[Tensor] = deque(maxlen=recalibration_batches)
+        self._recent: deque[Inputs] = deque(maxlen=recalibration_batches)
         self._is_stale = False
+        self._has_two_points = False
+        self._blocks: Blocks = "auto" if blocks is None else blocks
+        self._settings = Settings(
+            num_classes=num_classes,
+            make_optimizer=optimizer_factory(
+                optimizer, lr=lr, weight_decay=weight_decay, rule=self.rule
+            ),
+            group_blocks=group_blocks,
+            head_after_pool=head_after_pool,
+            compile=compile,
+            allow_reuse=allow_reuse,
+            side_stream=side_stream,
+        )
         self.heads = nn.ModuleList()
-        self._units: list[BlockUnit] = []
-        make_optimizer = optimizer_factory(
-            optimizer, lr=lr, weight_decay=weight_decay, rule=self.rule
-        )
-        if self.rule.requires is Requirement.END_TO_END:
-            checkpointed = find_checkpointed(model, blocks, self.rule)
-            self._check_not_blockwise(group_blocks, head_after_pool)
-        else:
-            self._build_units(
-                find_blocks(model, blocks),
-                example_input,
-                make_optimizer,
-                group_blocks=group_blocks,
-                compile_block=compile,
-                head_after_pool=head_after_pool,
-            )
-        in_blocks = {id(p) for unit in self._units for m in unit.modules for p in m.parameters()}
-        rest = {
-            name: p
-            for name, p in model.named_parameters()
-            if p.requires_grad and id(p) not in in_blocks
-        }
-        self._rest_optimizers: dict[str, Optimizer] = {}
-        if isinstance(self.rule, Backprop) and self.rule.bp_memory == "fused-optimizer":
-            self._rest_optimizers = {name: make_optimizer([p]) for name, p in rest.items()}
-        elif rest:
-            self._rest_optimizers = {"": make_optimizer(list(rest.values()))}
-        output_layer = OutputLayer(
-            rest,
-            self._rest_optimizers.get(""),
-            label_smoothing=self.rule.label_smoothing,
-            is_behind_blocks=bool(self._units),
-        )
-        if self.rule.requires is Requirement.END_TO_END:
-            assert isinstance(self.rule, Backprop)
-            self._procedure: Procedure = build_backpropagation(
-                self.rule, model, checkpointed, output_layer, self._rest_optimizers, compile
-            )
-        else:
-            self._procedure = self._build_procedure(output_layer)
-        self._has_two_points = any(hasattr(o, "eval") for o in self.optimizers.values())
-        self._use_backend(self.backend)
+        self.plan: NetworkPlan | None = None
+        self._assembly: Assembly | None = None
+        has_blocks = self.rule.requires is not Requirement.END_TO_END or is_checkpointing(self.rule)
+        if example_input is not None:
+            self.build(example_input)
+        elif not has_blocks or not needs_batch(model, self._blocks):
+            self._assemble(None)
         self.train()
 
     # -- what it is made of ---------------------------------------------------------------------
@@ -263,7 +250,7 @@ class LocalLearner(nn.Module):
     @property
     def can_be_graphed(self) -> bool:
         """Whether a step launches the same each time, with no number read on the host."""
-        return self._procedure.can_be_graphed
+        return self._parts.procedure.can_be_graphed
 
     @property
     def block_paths(self) -> dict[str, str]:
@@ -277,7 +264,7 @@ class LocalLearner(nn.Module):
         With bp's fused-optimizer, parameter name -> its optimizer.
         """
         table = {unit.name: unit.optimizer for unit in self._units if unit.optimizer is not None}
-        return table | self._rest_optimizers
+        return table | self._parts.rest_optimizers
 
     @property
     def holds_batches(self) -> bool:
@@ -289,94 +276,60 @@ class LocalLearner(nn.Module):
         """How many numbers the rule trains besides the model's own parameters."""
         return sum(p.numel() for p in self.heads.parameters() if p.requires_grad)
 
-    def _build_units(
-        self,
-        blocks: dict[str, nn.Module],
-        example_input: Tensor | None,
-        make_optimizer: OptimizerFactory,
-        *,
-        group_blocks: int,
-        head_after_pool: bool,
-        compile_block: bool,
-    ) -> None:
-        """A unit for each block, or for each ``group_blocks`` of them, named after the last."""
-        rule = self.rule
-        if rule.requires is Requirement.TWO_FORWARDS:
-            self._check_not_blockwise(group_blocks, head_after_pool)
-            if compile_block:
-                raise UserError(f"rule {rule.name!r} runs layer by layer, and is not compiled.")
-        foreign = {}
-        if isinstance(rule, LocalRule | ErrorRule) and not rule.fits_any_output:
-            foreign = {n: block for n, block in blocks.items() if not isinstance(block, Block)}
-        shapes = output_shapes(self.model, foreign, example_input) if foreign else {}
-        for group in grouped(list(blocks.items()), group_blocks):
-            name, block = group[-1]
-            leaders = [leader for _, leader in group[:-1]]
-            parameters = list(dict.fromkeys(p for _, m in group for p in m.parameters()))
-            reference = parameters[0] if parameters else torch.empty(0)
-            dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
-            common: dict[str, Any] = {"name": name, "block": block}
-            if not isinstance(rule, LocalRule | ErrorRule):
-                optimizer = self._optimizer_of(parameters, make_optimizer)
-                self._units.append(ModulatedUnit(optimizer=optimizer, **common))
-                continue
-            if rule.fits_any_output:
-                spec = HeadSpec(1, self.num_classes, dtype=dtype)
-            else:
-                spec = head_spec(name, block, self.num_classes, dtype, shapes.get(name))
-            head = rule.build_head(spec).to(reference.device)
-            self.heads.append(head)
-            common |= {
-                "head": head,
-                "latent_size": spec.latent_size,
-                "optimizer": self._optimizer_of([*parameters, *head.parameters()], make_optimizer),
-                "leaders": leaders,
-                "compile_block": compile_block,
-                "head_after_pool": head_after_pool,
-            }
-            if isinstance(rule, ErrorRule):
-                self._units.append(ErrorUnit(**common))
-            else:
-                self._units.append(build_unit(side_stream=self._side_stream, **common))
+    # -- building -------------------------------------------------------------------------------
 
-    @staticmethod
-    def _optimizer_of(
-        parameters: Sequence[nn.Parameter], make_optimizer: OptimizerFactory
-    ) -> Optimizer | None:
-        trained = [p for p in parameters if p.requires_grad]
-        return make_optimizer(trained) if trained else None
+    @property
+    def is_built(self) -> bool:
+        """Whether the blocks are known; a foreign model's are found from a batch."""
+        return self._assembly is not None
 
-    def _check_not_blockwise(self, group_blocks: int, head_after_pool: bool) -> None:
-        """These settings are of blocks' heads, which bp and pepita do not have."""
-        for argument, is_given in (
-            ("group_blocks", group_blocks != 1),
-            ("head_after_pool", head_after_pool),
-        ):
-            if is_given:
-                raise UserError(
-                    f"{argument} says what a block's head reads; rule {self.rule.name!r} has no "
-                    f"such heads. Leave it out."
-                )
+    def build(self, images: Inputs) -> LocalLearner:
+        """Find the blocks from a batch, where they are not known yet; returns the learner.
 
-    def _build_procedure(self, output_layer: OutputLayer) -> Procedure:
-        model, units, rule = self.model, self._units, self.rule
-        if isinstance(rule, LocalRule):
-            return LocalUpdates(model, units, output_layer, self._side_stream)
-        if isinstance(rule, ErrorRule):
-            waiting = [unit for unit in units if isinstance(unit, ErrorUnit)]
-            return ErrorUpdates(model, waiting, output_layer)
-        if not isinstance(rule, Pepita):
-            raise UserError(
-                f"rule {rule.name!r} needs {rule.requires}, but is neither a LocalRule nor an "
-                f"ErrorRule, Pepita or Backprop: the engine does not know how to run it."
+        The first :meth:`step` does it by itself. Some forwards of a few images are run in
+        evaluation mode, and leave the model as it is.
+
+        Arguments:
+            images: as :meth:`step` takes them, on the model's device.
+
+        Raises:
+            UserError: no blocks, or such as nothing can be learned from.
+        """
+        if not self.is_built:
+            with self._autocast(self._device.type):
+                self._assemble(self._arrange(images))
+        return self
+
+    def _assemble(self, images: Inputs) -> None:
+        plan = None
+        if self.rule.requires is not Requirement.END_TO_END or is_checkpointing(self.rule):
+            plan = plan_blocks(
+                self.model,
+                self._blocks,
+                inputs=images,
+                num_classes=self.num_classes,
+                allow_reuse=self._settings.allow_reuse,
+                reads_outputs=not getattr(self.rule, "fits_any_output", False),
             )
-        modulator = rule.build_modulator(self.num_classes)
-        modulator.to(next(model.parameters()).device)
-        self.heads.append(modulator)
-        modulated = [unit for unit in units if isinstance(unit, ModulatedUnit)]
-        return TwoForwards(
-            model, modulated, output_layer, modulator, update_order=rule.update_order
-        )
+        self.plan = plan
+        self._assembly = assemble(self.model, self.rule, plan, self._settings)
+        self.heads.extend(self._assembly.heads)
+        self._has_two_points = any(hasattr(o, "eval") for o in self.optimizers.values())
+        self._use_backend(self.backend)
+        set_mode(self.optimizers.values(), training=self.training)
+
+    @property
+    def _parts(self) -> Assembly:
+        if self._assembly is None:
+            raise UserError(
+                f"the blocks of {type(self.model).__name__} are found from its first batch, which "
+                f"the learner has not seen yet: give an example_input, or call build(images) first."
+            )
+        return self._assembly
+
+    @property
+    def _units(self) -> list[BlockUnit]:
+        return self._parts.units
 
     def _use_backend(self, backend: str) -> None:
         self.backend = backend
@@ -413,10 +366,11 @@ class LocalLearner(nn.Module):
     def train(self, mode: bool = True) -> LocalLearner:
         """Training or evaluation mode, of the modules and of schedule-free optimizers alike."""
         super().train(mode)
-        set_mode(self.optimizers.values(), training=mode)
+        if self.is_built:
+            set_mode(self.optimizers.values(), training=mode)
         return self
 
-    def recalibrate(self, batches: Iterable[Tensor]) -> None:
+    def recalibrate(self, batches: Iterable[Inputs]) -> None:
         """Re-estimate BatchNorm's running statistics at the evaluation weights.
 
         While a schedule-free optimizer trains, the running statistics follow weights that are
@@ -427,13 +381,15 @@ class LocalLearner(nn.Module):
             batches: image batches of the training set, augmented as in training; the authors
                 take 50.
         """
-        arranged = map(self._arrange, batches)
+        # torch takes the first of what a loader yields.
+        arranged = ((self._arrange(images),) for images in batches)
         first = next(arranged, None)
         if first is None:
             raise UserError("recalibrate needs at least one batch, got none.")
         self.eval()
-        with self._autocast(first.device.type):
-            torch.optim.swa_utils.update_bn(itertools.chain([first], arranged), self.model)
+        with self._autocast(self._device.type):
+            loader = itertools.chain([first], arranged)
+            torch.optim.swa_utils.update_bn(loader, _Calling(self.model))
         self.model.eval()
         self._is_stale = False
 
@@ -488,7 +444,7 @@ class LocalLearner(nn.Module):
     # -- inference and training -----------------------------------------------------------------
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Inputs) -> Tensor:
         """Inference: logits (N, K), float32, in evaluation mode (switched to where need be).
 
         The first one after training with a schedule-free optimizer re-estimates BatchNorm's
@@ -498,16 +454,18 @@ class LocalLearner(nn.Module):
             self.recalibrate(list(self._recent))
         if self.training:
             self.eval()
-        with self._autocast(images.device.type):
-            logits: Tensor = self.model(self._arrange(images))
+        images = self._arrange(images)
+        with self._autocast(self._device.type):
+            logits = logits_of(call_model(self.model, images))
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+    def step(self, images: Inputs, labels: Tensor) -> StepResult:
         """One training step: the forward, and every update.
 
         Arguments:
-            images: (N, ...), floating, on the model's device; held on to for some steps, so not
-                to be written over.
+            images: (N, ...) on the model's device; or a tuple of a model's arguments, or a dict of
+                its keyword arguments, the first of which has N entries. Held on to for some steps,
+                so not to be written over.
             labels: (N,), int64 in 0..K-1, on the model's device.
 
         Returns:
@@ -516,39 +474,102 @@ class LocalLearner(nn.Module):
         Raises:
             UserError: labels of another shape or type than said above.
         """
-        if labels.ndim != 1 or labels.dtype != torch.int64 or len(labels) != len(images):
+        num_images = num_inputs(images)
+        if labels.ndim != 1 or labels.dtype != torch.int64 or len(labels) != num_images:
             raise UserError(
-                f"labels must be int64 of shape ({len(images)},), one for each image, "
+                f"labels must be int64 of shape ({num_images},), one for each image, "
                 f"got {labels.dtype} of shape {tuple(labels.shape)}."
             )
+        self.build(images)
         if not self.training:
             self.train()
         images = self._arrange(images)
-        if images.device.type == "cuda":
-            # Kernels and streams go to the current device, which may be another of several.
-            with torch.cuda.device(images.device):
-                return self._step(images, labels)
-        return self._step(images, labels)
+        with self._on_device():
+            return self._step(images, labels)
 
-    def _step(self, images: Tensor, labels: Tensor) -> StepResult:
+    def _step(self, images: Inputs, labels: Tensor) -> StepResult:
         try:
-            with torch.enable_grad(), self._autocast(images.device.type):
-                logits, loss, signals = self._procedure(images, labels)
+            with torch.enable_grad(), self._autocast(self._device.type):
+                logits, loss, signals = self._parts.procedure(images, labels)
         except BaseException:
             self._abandon()
             raise
-        self._consider_compiling()
-        self._recent.append(images.detach())
-        self._is_stale = self._has_two_points
+        self._end_step(images)
+        local = LocalStep()
+        local.signals = signals
         return StepResult(
             logits=logits,
             loss=loss,
-            block_losses={n: s.loss for n, s in signals.items() if s.loss is not None},
-            block_logits={n: s.logits for n, s in signals.items() if s.logits is not None},
-            block_num_correct={
-                n: s.num_correct for n, s in signals.items() if s.num_correct is not None
-            },
+            block_losses=local.block_losses,
+            block_logits=local.block_logits,
+            block_num_correct=local.block_num_correct,
         )
+
+    @contextlib.contextmanager
+    def local_step(self, labels: Tensor) -> Iterator[LocalStep]:
+        """Within: the blocks learn whenever the model's forward comes to them.
+
+        For loops of the user's own: she calls the model as often and in whatever way she does, and
+        what lies in no block is hers to train, by a loss of her own and an optimizer of her own or
+        the learner's, ``optimizers[""]``. ::
+
+            with learner.local_step(labels) as local:
+                loss = my_loss(model(images), labels)
+                loss.backward()
+            learner.optimizers[""].step()
+            learner.optimizers[""].zero_grad()
+
+        Arguments:
+            labels: (N,), int64 in 0..K-1, on the model's device, of the batch that comes.
+
+        Yields:
+            LocalStep; its losses are there once the forward has run.
+
+        Raises:
+            UserError: a rule whose blocks need more than their own output and the label, or blocks
+                that are still to be found (:meth:`build`).
+        """
+        procedure = self._parts.procedure
+        if not isinstance(procedure, LocalUpdates):
+            raise UserError(
+                f"local_step is for rules whose blocks learn as soon as they have run; rule "
+                f"{self.rule.name!r} needs {self.rule.requires}. Call step(images, labels)."
+            )
+        if not self.training:
+            self.train()
+        local = LocalStep()
+        seen: list[Inputs] = []
+
+        def see(module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.append(kwargs or (args[0] if len(args) == 1 else args))
+
+        handle = self.model.register_forward_pre_hook(see, with_kwargs=True)
+        try:
+            with (
+                self._on_device(),
+                torch.enable_grad(),
+                self._autocast(self._device.type),
+                procedure.learning(labels, local.signals),
+            ):
+                yield local
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            handle.remove()
+        if seen:
+            self._end_step(seen[0])
+
+    def _end_step(self, images: Inputs) -> None:
+        self._consider_compiling()
+        self._recent.append(tree_map_only(Tensor, Tensor.detach, images))
+        self._is_stale = self._has_two_points
+
+    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+        """Kernels and streams go to the current device, which may be another of several."""
+        if self._device.type == "cuda":
+            return torch.cuda.device(self._device)
+        return contextlib.nullcontext()
 
     def _abandon(self) -> None:
         """After a step that failed: nothing of it goes into the next, or holds memory."""
@@ -557,7 +578,29 @@ class LocalLearner(nn.Module):
         for parameter in self.parameters():
             parameter.grad = None
 
-    def _arrange(self, images: Tensor) -> Tensor:
-        if self.channels_last and images.ndim == 4:
-            return images.contiguous(memory_format=torch.channels_last)
+    def _arrange(self, images: Inputs) -> Inputs:
+        if not self.channels_last:
+            return images
+        return tree_map_only(Tensor, _in_channels_last, images)
+
+
+class _Calling(nn.Module):
+    """The model, of one argument, whatever its inputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Inputs) -> Any:
+        return call_model(self.model, inputs)
+
+
+def _in_channels_last(images: Tensor) -> Tensor:
+    if images.ndim != 4:
         return images
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def is_checkpointing(rule: Rule) -> bool:
+    """Whether it is bp, and its blocks are run again in the backward."""
+    return isinstance(rule, Backprop) and rule.bp_memory == "checkpoint"

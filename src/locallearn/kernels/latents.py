@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def pool_latents(activation: Tensor, size: int) -> Tensor:
+def pool_latents(activation: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Adaptive average pooling of a block's output, flattened: the latent p.
 
     Arguments:
         activation: (N, C, H, W) for a convolutional block or (N, F) for a linear one; floating.
-        size: pooled height and width (s) for 4-d outputs, pooled length (T) for 2-d ones.
+        size: pooled height and width (s, or both) for 4-d outputs, pooled length (T) for 2-d ones.
 
     Returns:
         (N, C*s*s) or (N, T), same dtype. Windows overlap where H or W is no multiple of s.
@@ -30,15 +30,15 @@ def pool_latents(activation: Tensor, size: int) -> Tensor:
 
     Source: LLS (arXiv 2405.15868); the authors' code pools every local head so.
     """
-    rows = _pooled_rows(activation, size)
+    rows, columns = _pooled_shape(activation, size)
     if activation.ndim == 2:
-        if activation.shape[1] == size:
+        if activation.shape[1] == columns:
             return activation
-        return F.adaptive_avg_pool2d(activation[:, None, None, :], (rows, size)).flatten(1)
-    return F.adaptive_avg_pool2d(activation, (rows, size)).flatten(1)
+        return F.adaptive_avg_pool2d(activation[:, None, None, :], (rows, columns)).flatten(1)
+    return F.adaptive_avg_pool2d(activation, (rows, columns)).flatten(1)
 
 
-def unpool_latents(grad_latents: Tensor, activation: Tensor, size: int) -> Tensor:
+def unpool_latents(grad_latents: Tensor, activation: Tensor, size: int | tuple[int, int]) -> Tensor:
     """The adjoint of :func:`pool_latents`: dL/dp to dL/dh.
 
     Each position receives the sum, over the windows that hold it, of that window's gradient
@@ -52,14 +52,14 @@ def unpool_latents(grad_latents: Tensor, activation: Tensor, size: int) -> Tenso
     Returns:
         A tensor shaped and typed like ``activation``.
     """
-    rows = _pooled_rows(activation, size)
+    rows, columns = _pooled_shape(activation, size)
     grad = grad_latents.to(activation.dtype)
     if activation.ndim == 2:
-        if activation.shape[1] == size:
+        if activation.shape[1] == columns:
             return grad
         return _unpool(grad[:, None, None, :], activation[:, None, None, :]).flatten(1)
     n, c = activation.shape[:2]
-    return _unpool(grad.view(n, c, rows, size), activation)
+    return _unpool(grad.view(n, c, rows, columns), activation)
 
 
 def _unpool(grad: Tensor, activation: Tensor) -> Tensor:
@@ -70,11 +70,12 @@ def _unpool(grad: Tensor, activation: Tensor) -> Tensor:
     return torch.ops.aten._adaptive_avg_pool2d_backward(grad, activation)  # type: ignore[no-any-return]
 
 
-def _pooled_rows(activation: Tensor, size: int) -> int:
-    """Pooled height: s for (N, C, H, W), 1 for (N, F), which pools along its features alone."""
+def _pooled_shape(activation: Tensor, size: int | tuple[int, int]) -> tuple[int, int]:
+    """Pooled height and width of (N, C, H, W), and 1 and T of (N, F), pooled along its features."""
     if activation.ndim not in (2, 4):
         raise ValueError(
             f"a block's output must be (N, C, H, W) or (N, F) to be pooled into latents, "
             f"got shape {tuple(activation.shape)}"
         )
-    return size if activation.ndim == 4 else 1
+    height, width = (size, size) if isinstance(size, int) else size
+    return (height if activation.ndim == 4 else 1), width

@@ -59,7 +59,7 @@ class HeadSpec:
         basis_length: length of a random basis before it is pooled to T (the authors'
             ``hidden_dim``); T where None.
         dtype: of the head's parameters and bases: the block's own, float32 or float64.
-        latent_size: s, or T of a block whose output is (N, F).
+        latent_size: s (or height and width), or T of a block whose output is (N, F).
         num_channels: C or F of the block's output; None where a latent is all that is known.
         is_linear: whether the output is (N, F).
     """
@@ -68,7 +68,7 @@ class HeadSpec:
     num_classes: int
     basis_length: int | None = None
     dtype: torch.dtype = torch.float32
-    latent_size: int = 1
+    latent_size: int | tuple[int, int] = 1
     num_channels: int | None = None
     is_linear: bool = False
 

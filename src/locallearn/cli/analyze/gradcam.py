@@ -216,12 +216,12 @@ def _explain(
 
 def _layer(opened: Opened, block: str | None) -> tuple[str, nn.Module]:
     """A convolutional block: the one named, or the last."""
-    from locallearn.engine.finding import find_blocks
+    from locallearn.engine.blocks import own_blocks
     from locallearn.models import Block
 
     blocks = {
         name: module
-        for name, module in find_blocks(opened.learner.model, None).items()
+        for name, module in own_blocks(opened.learner.model).items()
         if isinstance(module, Block) and not module.is_linear
     }
     name = list(blocks)[-1] if block is None else block

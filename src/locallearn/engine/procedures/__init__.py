@@ -6,7 +6,7 @@ and forms of it that need less memory.
 """
 
 from locallearn.engine.procedures.backprop import Backpropagation, build_backpropagation
-from locallearn.engine.procedures.base import Outcome, OutputLayer, Procedure
+from locallearn.engine.procedures.base import Outcome, OutputLayer, Procedure, logits_of
 from locallearn.engine.procedures.error import ErrorUnit, ErrorUpdates
 from locallearn.engine.procedures.local import LocalUpdates
 from locallearn.engine.procedures.two_forwards import ModulatedUnit, TwoForwards
@@ -22,4 +22,5 @@ __all__ = [
     "Procedure",
     "TwoForwards",
     "build_backpropagation",
+    "logits_of",
 ]

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from locallearn.engine.blocks import Inputs, call_model, standing_in
 from locallearn.engine.procedures.base import (
     Outcome,
     OutputLayer,
+    logits_of,
     not_below_float32,
-    standing_in,
     without_running_statistics,
 )
 from locallearn.errors import UserError
@@ -37,7 +39,7 @@ class Backpropagation:
 
     def __init__(
         self,
-        forward: Callable[[Tensor], Tensor],
+        forward: Callable[..., Any],
         output_layer: OutputLayer,
         num_batches: int = 1,
         smallest: int = 1,
@@ -47,32 +49,37 @@ class Backpropagation:
         self._output_layer = output_layer
         self._num_batches = num_batches
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Outcome:
-        num_batches = min(self._num_batches, max(1, len(images) // self._smallest))
+    def __call__(self, images: Inputs, labels: Tensor) -> Outcome:
+        num_batches = min(self._num_batches, max(1, len(labels) // self._smallest))
         if num_batches > 1:
             return self._accumulate(images, labels, num_batches)
-        logits = not_below_float32(self._forward(images))
-        with torch.autocast(images.device.type, enabled=False):
+        logits = self._logits(images)
+        with torch.autocast(logits.device.type, enabled=False):
             loss = self._output_layer.loss(logits, labels)
             self._output_layer.learn(loss)
         return Outcome(logits.detach(), loss.detach(), {})
 
-    def _accumulate(self, images: Tensor, labels: Tensor, num_batches: int) -> Outcome:
-        parts = []
-        total = images.new_zeros(())
+    def _logits(self, images: Inputs) -> Tensor:
+        return not_below_float32(logits_of(call_model(self._forward, images)))
+
+    def _accumulate(self, images: Inputs, labels: Tensor, num_batches: int) -> Outcome:
+        parts: list[Tensor] = []
+        losses: list[Tensor] = []
         for number in range(num_batches):
-            first, last = (len(images) * n // num_batches for n in (number, number + 1))
-            logits = not_below_float32(self._forward(images[first:last]))
-            with torch.autocast(images.device.type, enabled=False):
+            first, last = (len(labels) * n // num_batches for n in (number, number + 1))
+            logits = self._logits(_part(images, first, last))
+            with torch.autocast(logits.device.type, enabled=False):
                 loss = self._output_layer.loss(logits, labels[first:last])
-                loss = loss * ((last - first) / len(images))
-                if loss.requires_grad and last < len(images):
-                    loss.backward()  # type: ignore[no-untyped-call]
-                elif last == len(images):
-                    self._output_layer.learn(loss)
-            total = total + loss.detach()
+                loss = loss * ((last - first) / len(labels))
+                self._output_layer.backward(loss)
+            losses.append(loss.detach())
             parts.append(logits.detach())
-        return Outcome(torch.cat(parts), total, {})
+        self._output_layer.update()
+        return Outcome(torch.cat(parts), torch.stack(losses).sum(), {})
+
+
+def _part(images: Inputs, first: int, last: int) -> Inputs:
+    return tree_map_only(Tensor, lambda tensor: tensor[first:last], images)
 
 
 class CheckpointedBackpropagation(Backpropagation):
@@ -94,7 +101,7 @@ class CheckpointedBackpropagation(Backpropagation):
         super().__init__(model.__call__, output_layer)
         self._forwards = {block: _through_checkpoint(block) for block in blocks}
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Outcome:
+    def __call__(self, images: Inputs, labels: Tensor) -> Outcome:
         with standing_in(self._forwards):
             return super().__call__(images, labels)
 
@@ -124,7 +131,7 @@ class FusedBackpropagation(Backpropagation):
 
     def __init__(
         self,
-        forward: Callable[[Tensor], Tensor],
+        forward: Callable[..., Any],
         parameters: Mapping[str, nn.Parameter],
         optimizers: Mapping[str, Optimizer],
         output_layer: OutputLayer,
@@ -133,9 +140,9 @@ class FusedBackpropagation(Backpropagation):
         self._parameters = parameters
         self._optimizers = optimizers
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Outcome:
-        logits = not_below_float32(self._forward(images))
-        with torch.autocast(images.device.type, enabled=False):
+    def __call__(self, images: Inputs, labels: Tensor) -> Outcome:
+        logits = self._logits(images)
+        with torch.autocast(logits.device.type, enabled=False):
             loss = self._output_layer.loss(logits, labels)
             # Hooks of this step alone, so that the model is an ordinary one outside.
             handles = [

@@ -1,4 +1,4 @@
-"""What the procedures share: standing in for blocks, and the layer that lies in none.
+"""What the procedures share: what they yield, and the layer that lies in no block.
 
 Shapes: N batch, K classes.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from locallearn.engine.blocks import Inputs
 from locallearn.engine.units import UnitSignal
+from locallearn.errors import UserError
 
 
 class Outcome(NamedTuple):
@@ -36,7 +38,7 @@ class Procedure(Protocol):
 
     can_be_graphed: bool
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Outcome: ...
+    def __call__(self, images: Inputs, labels: Tensor) -> Outcome: ...
 
 
 class OutputLayer:
@@ -47,7 +49,8 @@ class OutputLayer:
         optimizer: of these; None where there are none.
         label_smoothing: of the cross-entropy.
         is_behind_blocks: whether blocks cut the way back, so that a parameter before the last of
-            them is not reached; the user is told once.
+            them may not be reached; the user is told once.
+        is_shared: whether blocks read some of these parameters too, and add to their gradients.
     """
 
     def __init__(
@@ -57,11 +60,13 @@ class OutputLayer:
         *,
         label_smoothing: float,
         is_behind_blocks: bool,
+        is_shared: bool = False,
     ) -> None:
         self.parameters = parameters
         self.optimizer = optimizer
         self.label_smoothing = label_smoothing
         self._warns = is_behind_blocks
+        self.is_shared = is_shared
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of logits that are not below float32."""
@@ -77,12 +82,25 @@ class OutputLayer:
 
     def learn(self, outputs: Tensor, gradient: Tensor | None = None) -> None:
         """Backward from a loss, or from logits and their gradient, and update."""
+        self.backward(outputs, gradient)
+        self.update()
+
+    def backward(self, outputs: Tensor, gradient: Tensor | None = None) -> None:
+        """Add to the gradients, from a loss, or from logits and their gradient."""
         if self.optimizer is None or not outputs.requires_grad:
             return
-        outputs.backward(gradient)  # type: ignore[no-untyped-call]
+        # What lies in no block may be read by blocks too, which walk its graph themselves.
+        outputs.backward(gradient, retain_graph=self.is_shared)  # type: ignore[no-untyped-call]
+
+    def update(self) -> None:
+        """From the gradients that are there."""
+        if self.optimizer is None:
+            return
         if self._warns:
             self._warn_of_the_unreached()
             self._warns = False
+        if all(p.grad is None for p in self.parameters.values()):
+            return
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -96,27 +114,33 @@ class OutputLayer:
             )
 
 
+def logits_of(output: Any) -> Tensor:
+    """The logits of what a model yields, (N, K): the tensor, its field or key "logits" (as of
+    networks with auxiliary classifiers), or the first of a tuple.
+
+    Raises:
+        UserError: none of these.
+    """
+    logits = output
+    if isinstance(output, dict):
+        logits = output.get("logits")
+    elif not isinstance(output, Tensor):
+        first = output[0] if isinstance(output, tuple | list) and output else None
+        logits = getattr(output, "logits", first)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        what = (
+            f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
+        )
+        raise UserError(
+            f"the model yields {what}; logits of shape (N, K) are expected, or something with a "
+            f"field `logits`, or a tuple that begins with them."
+        )
+    return logits
+
+
 def not_below_float32(logits: Tensor) -> Tensor:
     """The logits in float32, or float64 where they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-@contextlib.contextmanager
-def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Within: calling one of these modules calls what is given for it instead of its forward."""
-    # Through __dict__: an instance attribute hides the class's forward, and nn.Module's own
-    # __setattr__ would cost more than it does for us. What another library put there comes back.
-    before: list[Any] = [module.__dict__.get("forward") for module in forwards]
-    try:
-        for module, forward in forwards.items():
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for module, forward in zip(forwards, before, strict=True):
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from locallearn.engine.procedures.base import Outcome, OutputLayer, not_below_float32, standing_in
+from locallearn.engine.blocks import Inputs, call_model, standing_in
+from locallearn.engine.procedures.base import Outcome, OutputLayer, logits_of, not_below_float32
 from locallearn.engine.procedures.local import forwards_of
 from locallearn.engine.units import GenericUnit, UnitResult, UnitSignal
 from locallearn.rules import ErrorHead
@@ -23,8 +24,7 @@ class ErrorUnit(GenericUnit):
 
     def step(self, labels: Tensor, *args: Any, **kwargs: Any) -> UnitResult:
         """The forward alone; :meth:`learn` updates."""
-        self._pending = self.run(*args, **kwargs)
-        output = self.hand_on(self._pending.detach())
+        self._pending, output = self.run(len(labels), *args, **kwargs)
         return UnitResult(output, UnitSignal(None, None, None))
 
     def learn(self, error: Tensor) -> None:
@@ -34,7 +34,7 @@ class ErrorUnit(GenericUnit):
         assert isinstance(self.head, ErrorHead)
         hidden = activation.detach()
         grad = self.head.signal(hidden, error).to(hidden.dtype)
-        self.backward(activation, grad)
+        self.backward(activation, grad, keeps_graph=self._reads_loose)
         del activation
         self._update()
 
@@ -62,15 +62,16 @@ class ErrorUpdates:
         self._units = units
         self._output_layer = output_layer
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Outcome:
+    def __call__(self, images: Inputs, labels: Tensor) -> Outcome:
         signals: dict[str, UnitSignal] = {}
         with standing_in(forwards_of(self._units, labels, signals)):
-            logits = self._model(images)
-        with torch.autocast(images.device.type, enabled=False):
+            logits = logits_of(call_model(self._model, images))
+        with torch.autocast(logits.device.type, enabled=False):
             logits = not_below_float32(logits)
             loss, error = self._output_layer.error(logits, labels)
-            self._output_layer.learn(logits, error)
+            self._output_layer.backward(logits, error)
             for unit in self._units:
                 if unit.name in signals:
                     unit.learn(error)
+            self._output_layer.update()
         return Outcome(logits.detach(), loss, signals)

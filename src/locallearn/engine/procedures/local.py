@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from locallearn.engine.procedures.base import Outcome, OutputLayer, not_below_float32, standing_in
+from locallearn.engine.blocks import Inputs, call_model, standing_in
+from locallearn.engine.procedures.base import Outcome, OutputLayer, logits_of, not_below_float32
 from locallearn.engine.units import BlockUnit, UnitSignal
 from locallearn.errors import UserError
 
@@ -21,6 +23,7 @@ class LocalUpdates:
         units: in the order of ``named_modules``.
         output_layer: what lies in no block.
         side_stream: on which units may go on after their output is there; waited for at the end.
+        allow_reuse: whether a block may run, and learn, more than once in a forward.
     """
 
     can_be_graphed = True
@@ -31,37 +34,58 @@ class LocalUpdates:
         units: Sequence[BlockUnit],
         output_layer: OutputLayer,
         side_stream: torch.cuda.Stream | None,
+        *,
+        allow_reuse: bool = False,
     ) -> None:
         self._model = model
         self._units = units
         self._output_layer = output_layer
         self._side_stream = side_stream
+        self._allow_reuse = allow_reuse
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Outcome:
+    def __call__(self, images: Inputs, labels: Tensor) -> Outcome:
         signals: dict[str, UnitSignal] = {}
-        with standing_in(forwards_of(self._units, labels, signals)):
-            logits = self._model(images)
-        if self._side_stream is not None:
-            torch.cuda.current_stream().wait_stream(self._side_stream)
-        with torch.autocast(images.device.type, enabled=False):
+        with self.learning(labels, signals):
+            logits = logits_of(call_model(self._model, images))
+        with torch.autocast(logits.device.type, enabled=False):
             logits = not_below_float32(logits)
             loss = self._output_layer.loss(logits, labels)
             self._output_layer.learn(loss)
         return Outcome(logits.detach(), loss.detach(), signals)
 
+    @contextmanager
+    def learning(self, labels: Tensor, signals: dict[str, UnitSignal]) -> Iterator[None]:
+        """Within: each block learns when the model's forward comes to it.
+
+        Arguments:
+            labels: (N,), int64.
+            signals: receives what the heads say.
+        """
+        forwards = forwards_of(self._units, labels, signals, allow_reuse=self._allow_reuse)
+        with standing_in(forwards):
+            yield
+        if self._side_stream is not None:
+            torch.cuda.current_stream().wait_stream(self._side_stream)
+
 
 def forwards_of(
-    units: Sequence[BlockUnit], labels: Tensor, signals: dict[str, UnitSignal]
+    units: Sequence[BlockUnit],
+    labels: Tensor,
+    signals: dict[str, UnitSignal],
+    *,
+    allow_reuse: bool = False,
 ) -> dict[nn.Module, Callable[..., Any]]:
-    """Module -> what stands in for its forward; what the heads say goes to ``signals``."""
+    """Module -> what stands in for its forward; what the heads say goes to ``signals``: of a block
+    that runs more than once, what its head says at the last."""
     forwards: dict[nn.Module, Callable[..., Any]] = {}
 
     def step(unit: BlockUnit) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if unit.name in signals:
+            if unit.name in signals and not allow_reuse:
                 raise UserError(
                     f"block {unit.name!r} runs twice in one forward; a block is updated as soon "
-                    f"as it has run, so it must run once."
+                    f"as it has run, so it must run once, unless allow_reuse=True has it learn "
+                    f"each time."
                 )
             output, signals[unit.name] = unit.step(labels, *args, **kwargs)
             return output
@@ -69,6 +93,5 @@ def forwards_of(
         return forward
 
     for unit in units:
-        forwards |= unit.leading_forwards()
-        forwards[unit.block] = step(unit)
+        forwards |= unit.forwards(step(unit))
     return forwards

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from locallearn.engine.blocks import standing_in
 from locallearn.engine.procedures.base import (
     Outcome,
     OutputLayer,
     not_below_float32,
-    standing_in,
     without_running_statistics,
 )
 from locallearn.engine.units import BlockUnit

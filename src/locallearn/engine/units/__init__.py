@@ -1,8 +1,8 @@
 """A block with its head and its optimizer, updated together, and the two ways to do it.
 
 `closed_form`: a block that is convolution or linear layer (or a depthwise-separable pair),
-BatchNorm and (Leaky)ReLU needs no autograd graph. `generic`: any other block runs under autograd,
-and its head receives its output. `eligibility` tells which block is which.
+BatchNorm and (Leaky)ReLU needs no autograd graph; `blocks.recognition` tells which blocks are.
+`generic`: any other block runs under autograd, and its head receives its output.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
+from locallearn.engine.blocks import recognize
 from locallearn.engine.units.base import BlockUnit, UnitResult, UnitSignal
 from locallearn.engine.units.closed_form import ClosedFormUnit, DepthwiseSeparableUnit
-from locallearn.engine.units.eligibility import has_closed_form
 from locallearn.engine.units.generic import GenericUnit
-from locallearn.models import DepthwiseSeparableBlock
 from locallearn.rules import LatentHead
 
 __all__ = [
@@ -27,7 +25,6 @@ __all__ = [
     "UnitResult",
     "UnitSignal",
     "build_unit",
-    "has_closed_form",
 ]
 
 
@@ -35,11 +32,13 @@ def build_unit(
     *, side_stream: torch.cuda.Stream | None, head_after_pool: bool, **settings: Any
 ) -> BlockUnit:
     """The unit that fits a block and its head; ``settings`` are those of :class:`GenericUnit`."""
-    block = settings["block"]
-    fits = has_closed_form(block) and isinstance(settings["head"], LatentHead)
-    is_pooled_first = head_after_pool and not isinstance(getattr(block, "pool", None), nn.Identity)
-    if not fits or is_pooled_first or settings["leaders"]:
+    form = recognize(settings["block"])
+    is_alone = not settings["leaders"] and not settings["reads_loose"]
+    is_square = isinstance(settings["latent_size"], int)
+    is_latent = isinstance(settings["head"], LatentHead)
+    if form is None or not (is_alone and is_square and is_latent):
         return GenericUnit(head_after_pool=head_after_pool, **settings)
-    if isinstance(block, DepthwiseSeparableBlock):
-        return DepthwiseSeparableUnit(side_stream=side_stream, **settings)
-    return ClosedFormUnit(side_stream=side_stream, **settings)
+    if head_after_pool and form.max_pool > 1:
+        return GenericUnit(head_after_pool=True, **settings)
+    kind = ClosedFormUnit if form.inner is None else DepthwiseSeparableUnit
+    return kind(form=form, side_stream=side_stream, **settings)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from locallearn.engine.blocks import LatentSize, modules_of, passing
 from locallearn.kernels import Kernels, load_kernels
 from locallearn.rules import LocalHead
 
@@ -32,7 +33,7 @@ class BlockUnit:
 
     Arguments:
         name: of the block in the model.
-        block: the module.
+        block: the module, or a chain of modules.
         head: the rule's, for this block; None where it has none.
         latent_size: s, or T for a block whose output is (N, F).
         optimizer: of the block's and the head's parameters; None where all are frozen.
@@ -62,7 +63,7 @@ class BlockUnit:
         name: str,
         block: nn.Module,
         head: nn.Module | None,
-        latent_size: int,
+        latent_size: LatentSize,
         optimizer: Optimizer | None,
         leaders: Sequence[nn.Module] = (),
     ) -> None:
@@ -75,8 +76,8 @@ class BlockUnit:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """All that learns here."""
-        return (*self.leaders, self.block)
+        """All of the model's modules that learn here, in the order of the forward."""
+        return tuple(m for block in (*self.leaders, self.block) for m in modules_of(block))
 
     @property
     def kernels(self) -> Kernels:
@@ -87,9 +88,13 @@ class BlockUnit:
         """Forward and update."""
         raise NotImplementedError
 
-    def leading_forwards(self) -> dict[nn.Module, Callable[..., Any]]:
-        """Leader -> what stands in for its forward."""
-        return {}
+    def forwards(self, step: Callable[..., Any]) -> dict[nn.Module, Callable[..., Any]]:
+        """Module -> what stands in for its forward in a training step.
+
+        Arguments:
+            step: for the block itself.
+        """
+        return forwards_through(self.block, step)
 
     def abandon(self) -> None:
         """Forget what a step that failed has left."""
@@ -98,6 +103,15 @@ class BlockUnit:
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+
+
+def forwards_through(
+    block: nn.Module, run: Callable[..., Any]
+) -> dict[nn.Module, Callable[..., Any]]:
+    """Module -> forward, where ``run`` stands for a block: of a chain, the first module runs it
+    all, and the others pass on what they get."""
+    first, *others = modules_of(block)
+    return {**dict.fromkeys(others, passing), first: run}
 
 
 def num_correct(logits: Tensor | None, labels: Tensor) -> Tensor | None:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from locallearn.engine.blocks import ClosedForm, NormalizedLayer
 from locallearn.engine.units.base import UnitResult, UnitSignal, num_correct
-from locallearn.engine.units.eligibility import NORMS
 from locallearn.engine.units.generic import GenericUnit
 from locallearn.engine.units.layers import (
     apply_layer,
@@ -34,7 +34,6 @@ from locallearn.kernels import (
     pool_latents,
     unpool_latents,
 )
-from locallearn.models import ConvBlock, DepthwiseSeparableBlock, LinearBlock
 from locallearn.rules import LatentHead, ProjectionHead, accumulate_grad
 
 
@@ -48,13 +47,17 @@ class _HeadGradients(NamedTuple):
 
 
 class _Normalized:
-    """BatchNorm and (Leaky)ReLU of a block, as the kernels take them."""
+    """BatchNorm and (Leaky)ReLU behind a layer, as the kernels take them.
 
-    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d, nonlinearity: nn.Module) -> None:
-        self.norm = norm
-        self.gamma, self.beta = norm.weight, norm.bias
-        is_relu = isinstance(nonlinearity, nn.ReLU)
-        self.slope = 0.0 if is_relu else float(getattr(nonlinearity, "negative_slope", 0.0))
+    The layer's bias, where it has one, is left out of z: the norm subtracts it again. It does not
+    learn, its gradient being zero, and shows in the running mean alone.
+    """
+
+    def __init__(self, normalized: NormalizedLayer) -> None:
+        self.norm = normalized.norm
+        self.layer = normalized.layer
+        self.gamma, self.beta = self.norm.weight, self.norm.bias
+        self.slope = normalized.negative_slope
 
     def stats(self, z: Tensor, kernels: Kernels) -> ChannelStats:
         norm = self.norm
@@ -66,15 +69,21 @@ class _Normalized:
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         assert norm.momentum is not None
-        return kernels.channel_stats(
+        stats = kernels.channel_stats(
             z, norm.running_mean, norm.running_var, eps=norm.eps, momentum=norm.momentum
         )
+        if self.layer.bias is not None:
+            if norm.running_mean is not None:
+                norm.running_mean.add_(self.layer.bias.detach(), alpha=norm.momentum)
+            _give(self.layer.bias, torch.zeros_like(self.layer.bias))
+        return stats
 
 
 class ClosedFormUnit(GenericUnit):
     """Convolution or linear layer, BatchNorm, (Leaky)ReLU: see the top of this file.
 
     Arguments:
+        form: what the block is made of.
         side_stream: a CUDA stream for all that the next block does not wait for: head, backward,
             weight gradient and update. None runs them in line. The learner waits for it at the
             end of the step.
@@ -82,14 +91,19 @@ class ClosedFormUnit(GenericUnit):
     Where the backend is "autograd", it is a generic unit.
     """
 
-    def __init__(self, *, side_stream: torch.cuda.Stream | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        form: ClosedForm,
+        side_stream: torch.cuda.Stream | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(**settings)
-        assert isinstance(self.block, ConvBlock | LinearBlock | DepthwiseSeparableBlock)
-        block = self.block
-        assert isinstance(block.norm, NORMS)
-        self._normalized = _Normalized(block.norm, block.nonlinearity)
-        self._norms = [m for m in block.children() if isinstance(m, NORMS)]
-        self._max_pool: int = getattr(block.pool, "kernel_size", 1)
+        assert isinstance(self.latent_size, int)
+        self._size: int = self.latent_size
+        self._form = form
+        self._normalized = _Normalized(form.last)
+        self._norms = [part.norm for part in (form.inner, form.last) if part is not None]
         self._side_stream = side_stream
 
     @property
@@ -105,8 +119,7 @@ class ClosedFormUnit(GenericUnit):
             return self._closed_form(labels, x)
 
     def _closed_form(self, labels: Tensor, x: Tensor) -> UnitResult:
-        assert isinstance(self.block, ConvBlock | LinearBlock)
-        layer = self.block.conv if isinstance(self.block, ConvBlock) else self.block.linear
+        layer = self._form.last.layer
         with _computing(x) as x:
             weight = layer.weight.to(x.dtype)
             z = apply_layer(layer, x, weight)
@@ -131,8 +144,8 @@ class ClosedFormUnit(GenericUnit):
             normalized.gamma,
             normalized.beta,
             negative_slope=normalized.slope,
-            latent_size=self.latent_size,
-            max_pool=self._max_pool,
+            latent_size=self._size,
+            max_pool=self._form.max_pool,
         )
         assert moments is not None
         return output, stats, moments
@@ -205,23 +218,26 @@ class ClosedFormUnit(GenericUnit):
 class DepthwiseSeparableUnit(ClosedFormUnit):
     """The closed form at the last BatchNorm; below it, backpropagation inside the block.
 
+    The inner convolution is a depthwise one as a rule, but may be any; the last one is pointwise.
     u is the depthwise convolution's output, a the activation made of it, z the pointwise one's.
     Every gradient overwrites what is done with: that of z lies in z, of a in a, of u in u.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        assert isinstance(self.block, DepthwiseSeparableBlock)
-        assert isinstance(self.block.depthwise_norm, NORMS)
-        self._inner = _Normalized(self.block.depthwise_norm, self.block.depthwise_nonlinearity)
+        assert self._form.inner is not None
+        assert isinstance(self._form.inner.layer, nn.Conv2d)
+        assert isinstance(self._form.last.layer, nn.Conv2d)
+        self._inner = _Normalized(self._form.inner)
+        self._depthwise, self._pointwise = self._form.inner.layer, self._form.last.layer
 
     def _closed_form(self, labels: Tensor, x: Tensor) -> UnitResult:
-        assert isinstance(self.block, DepthwiseSeparableBlock)
-        block, kernels, inner = self.block, self.kernels, self._inner
+        depthwise, pointwise = self._depthwise, self._pointwise
+        kernels, inner = self.kernels, self._inner
         with _computing(x) as x:
-            depthwise_weight = block.depthwise.weight.to(x.dtype)
-            pointwise_weight = block.pointwise.weight.to(x.dtype)
-            u = apply_layer(block.depthwise, x, depthwise_weight)
+            depthwise_weight = depthwise.weight.to(x.dtype)
+            pointwise_weight = pointwise.weight.to(x.dtype)
+            u = apply_layer(depthwise, x, depthwise_weight)
             inner_stats = inner.stats(u, kernels)
             a, _ = kernels.block_forward(
                 u,
@@ -231,19 +247,19 @@ class DepthwiseSeparableUnit(ClosedFormUnit):
                 negative_slope=inner.slope,
                 latent_size=None,
             )
-            z = apply_layer(block.pointwise, a, pointwise_weight)
+            z = apply_layer(pointwise, a, pointwise_weight)
             output, stats, moments = self._forward(z)
-            below = (block.depthwise.weight, inner.gamma, inner.beta)
+            below = (depthwise.weight, inner.gamma, inner.beta)
             with self._aside(
                 x, depthwise_weight, pointwise_weight, u, a, z, *inner_stats, *stats, *moments
             ):
                 head = self._learn(moments, labels)
                 grad_z = self._grad_z(z, head, stats)
-                if block.pointwise.weight.requires_grad:
-                    gradient = pointwise_grad_weight(block.pointwise, grad_z, a)
-                    _give(block.pointwise.weight, gradient)
+                if pointwise.weight.requires_grad:
+                    gradient = pointwise_grad_weight(pointwise, grad_z, a)
+                    _give(pointwise.weight, gradient)
                 if any(p.requires_grad for p in below):
-                    grad_a = pointwise_grad_input(block.pointwise, grad_z, a, pointwise_weight)
+                    grad_a = pointwise_grad_input(pointwise, grad_z, a, pointwise_weight)
                     del z, grad_z, a
                     grad_u, grad_gamma, grad_beta = kernels.norm_backward(
                         u,
@@ -256,9 +272,9 @@ class DepthwiseSeparableUnit(ClosedFormUnit):
                     del grad_a
                     _give(inner.gamma, grad_gamma)
                     _give(inner.beta, grad_beta)
-                    if block.depthwise.weight.requires_grad:
-                        gradient = grad_weight(block.depthwise, grad_u, x, depthwise_weight)
-                        _give(block.depthwise.weight, gradient)
+                    if depthwise.weight.requires_grad:
+                        gradient = grad_weight(depthwise, grad_u, x, depthwise_weight)
+                        _give(depthwise.weight, gradient)
                 self._update()
         return UnitResult(output, head.signal)
 

@@ -7,12 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from locallearn.engine.units.base import BlockUnit, UnitResult, UnitSignal, num_correct
+from locallearn.engine.blocks import PLAIN, Layout, cut_at_head, output_place, replaced
+from locallearn.engine.units.base import (
+    BlockUnit,
+    UnitResult,
+    UnitSignal,
+    forwards_through,
+    num_correct,
+)
 from locallearn.errors import UserError
 from locallearn.kernels import pool_latents, unpool_latents
-from locallearn.models import Block
 from locallearn.rules import LatentHead, LocalHead
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -21,24 +27,33 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 class GenericUnit(BlockUnit):
     """Autograd inside the block; nothing of it is left afterwards.
 
-    With leaders, the graph begins at the input of the first of them.
+    With leaders, the graph begins at the input of the first of them. With parameters that lie in
+    no block and are read by this one, it begins at these.
 
     Arguments:
+        layout: how the block's output lies.
+        reads_loose: whether the graphs of its inputs lead to parameters that lie in no block, which
+            then learn with it. No other graph comes in: what a block hands on has none.
         compile_block: run the block's forward and backward through torch.compile.
         head_after_pool: the head reads what the block hands on, after its max-pool.
     """
 
     def __init__(
-        self, *, compile_block: bool = False, head_after_pool: bool = False, **settings: Any
+        self,
+        *,
+        layout: Layout = PLAIN,
+        reads_loose: bool = False,
+        compile_block: bool = False,
+        head_after_pool: bool = False,
+        **settings: Any,
     ) -> None:
         super().__init__(**settings)
+        self._layout = layout
+        self._reads_loose = reads_loose
         # Bound here, while the blocks' own forwards are in place.
-        if isinstance(self.block, Block) and not head_after_pool:
-            self._activation: Callable[..., Any] = self.block.activation
-            self._downsample: Callable[[Tensor], Tensor] | None = self.block.downsample
-        else:
-            self._activation = self.block.forward
-            self._downsample = None
+        halves = cut_at_head(self.block, head_after_pool=head_after_pool)
+        self._activation: Callable[..., Any] = halves.activation
+        self._downsample = halves.downsample
         self._leading: list[Callable[..., Any]] = [leader.forward for leader in self.leaders]
         # Leaders that have run in this step: number, output, and the leaf that the model was given.
         self._led: list[tuple[int, Tensor, Tensor]] = []
@@ -46,15 +61,25 @@ class GenericUnit(BlockUnit):
             self._activation = torch.compile(self._activation)
             self._leading = [torch.compile(forward) for forward in self._leading]
 
-    def leading_forwards(self) -> dict[nn.Module, Callable[..., Any]]:
+    def forwards(self, step: Callable[..., Any]) -> dict[nn.Module, Callable[..., Any]]:
         self._led = []
-        return {leader: self._lead(number) for number, leader in enumerate(self.leaders)}
+        forwards = super().forwards(step)
+        for number, leader in enumerate(self.leaders):
+            forwards |= forwards_through(leader, self._lead(number))
+        return forwards
 
     def _lead(self, number: int) -> Callable[..., Any]:
-        forward = _detaching(self._leading[number]) if number == 0 else self._leading[number]
+        forward = self._leading[number]
 
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            output = self._checked(forward(*args, **kwargs))
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if number == 0:
+                args, kwargs = self._entering(args, kwargs)
+            output = forward(*args, **kwargs)
+            if not isinstance(output, Tensor):
+                raise UserError(
+                    f"a block that learns together with {self.name!r} returns "
+                    f"{type(output).__name__}; what group_blocks joins must hand on one tensor."
+                )
             # The graph goes on from a leaf, so that what else reads the output, as a skip around
             # the next block does, leads into no block.
             leaf = output.detach().requires_grad_()
@@ -63,43 +88,59 @@ class GenericUnit(BlockUnit):
 
         return run
 
+    def _entering(self, args: Any, kwargs: Any) -> Any:
+        """The inputs, from which no graph leads into another block."""
+        if self._reads_loose:
+            return args, kwargs
+        return tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+
     def step(self, labels: Tensor, *args: Any, **kwargs: Any) -> UnitResult:
-        activation = self.run(*args, **kwargs)
+        activation, output = self.run(len(labels), *args, **kwargs)
         hidden = activation.detach()
         with torch.autocast(hidden.device.type, enabled=False):
             signal, grad = self._signal_of(hidden, labels)
-            self.backward(activation, grad)
+            # A graph that leads to what lies in no block may be walked by another block too.
+            keeps_graph = self._reads_loose and _has_graph((args, kwargs))
+            self.backward(activation, grad, keeps_graph=keeps_graph)
             del activation, grad
             self._update()
-        return UnitResult(self.hand_on(hidden), signal)
+        return UnitResult(output, signal)
 
-    def run(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the head reads, with its graph, which ends at the block's (or group's) input."""
+    def run(self, num_images: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """The view of what the head reads, with its graph, which ends at the block's (or group's)
+        input, and what the block hands on, without one."""
         if [number for number, _, _ in self._led] != list(range(len(self.leaders))):
             raise UserError(
                 f"the {len(self.leaders) + 1} blocks that learn together up to {self.name!r} do "
                 f"not run one after the other in the order in which the model holds them. Name "
                 f"blocks in the order of the forward, or leave out group_blocks."
             )
-        forward = self._activation if self.leaders else _detaching(self._activation)
-        activation = self._checked(forward(*args, **kwargs))
-        self.num_elements = activation.numel()
-        return activation
+        if not self.leaders:
+            args, kwargs = self._entering(args, kwargs)
+        output = self._activation(*args, **kwargs)
+        if isinstance(output, Tensor):
+            read, handed_on = output, self._hand_on(output.detach())
+        else:
+            place = output_place(output, self.name)
+            read = tree_leaves(output)[place]
+            handed_on = replaced(output, place, read.detach())
+        view = self._layout.view(read, num_images)
+        self.num_elements = view.numel()
+        return view, handed_on
 
-    def _checked(self, output: Any) -> Tensor:
-        if not isinstance(output, Tensor):
-            raise UserError(
-                f"block {self.name!r} returns {type(output).__name__}; a block's output must "
-                f"be one tensor."
-            )
-        return output
+    def _hand_on(self, hidden: Tensor) -> Tensor:
+        """The block's output, of what the head reads."""
+        if self._downsample is None:
+            return hidden
+        with torch.no_grad():
+            return self._downsample(hidden)
 
-    def backward(self, activation: Tensor, grad: Tensor) -> None:
+    def backward(self, activation: Tensor, grad: Tensor, *, keeps_graph: bool = False) -> None:
         """To the block's input, or through every block of a group to that of the first."""
         for _, _, leaf in self._led:
             leaf.grad = None  # of what else has read it
         if activation.requires_grad:
-            activation.backward(grad)  # type: ignore[no-untyped-call]
+            activation.backward(grad, retain_graph=keeps_graph)  # type: ignore[no-untyped-call]
         for _, output, leaf in reversed(self._led):
             if leaf.grad is None:
                 raise UserError(
@@ -108,18 +149,13 @@ class GenericUnit(BlockUnit):
                     f"other blocks."
                 )
             if output.requires_grad:
-                output.backward(leaf.grad)  # type: ignore[no-untyped-call]
+                output.backward(  # type: ignore[no-untyped-call]
+                    leaf.grad, retain_graph=self._reads_loose
+                )
         self._led = []
 
     def abandon(self) -> None:
         self._led = []
-
-    def hand_on(self, hidden: Tensor) -> Tensor:
-        """The block's output, of what the head reads."""
-        if self._downsample is None:
-            return hidden
-        with torch.no_grad():
-            return self._downsample(hidden)
 
     def _signal_of(self, hidden: Tensor, labels: Tensor) -> tuple[UnitSignal, Tensor]:
         """What the head says, and dL/dh in h's dtype."""
@@ -134,11 +170,5 @@ class GenericUnit(BlockUnit):
         return UnitSignal(loss, logits, num_correct(logits, labels)), grad.to(hidden.dtype)
 
 
-def _detaching(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same forward, of inputs that no graph leads out of."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        return forward(*args, **kwargs)
-
-    return run
+def _has_graph(inputs: Any) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(inputs))

@@ -1,0 +1,58 @@
+"""Which modules of a model are its blocks, and what each of them reads and yields.
+
+`policy` finds the blocks of an unknown model, `choosing` those that a user names; `planning` joins
+both with what `wiring` sees: which parameters learn with which block. `layout` says how outputs
+lie, `recognition` which blocks the closed form covers. All of them read a model, from a forward
+watched by `trace`, and leave it as it is.
+"""
+
+from locallearn.engine.blocks.chain import Chain, passing
+from locallearn.engine.blocks.choosing import BlockChoice, Blocks, choose, parse_blocks
+from locallearn.engine.blocks.layout import PLAIN, LatentSize, Layout, output_place, replaced
+from locallearn.engine.blocks.planning import (
+    BlockPlan,
+    NetworkPlan,
+    needs_batch,
+    own_blocks,
+    plan_blocks,
+)
+from locallearn.engine.blocks.recognition import (
+    NORMS,
+    ClosedForm,
+    NormalizedLayer,
+    cut_at_head,
+    recognize,
+)
+from locallearn.engine.blocks.standing_in import standing_in
+from locallearn.engine.blocks.trace import Inputs, call_model, few, num_inputs
+from locallearn.engine.blocks.wiring import modules_of
+
+__all__ = [
+    "NORMS",
+    "PLAIN",
+    "BlockChoice",
+    "BlockPlan",
+    "Blocks",
+    "Chain",
+    "ClosedForm",
+    "Inputs",
+    "LatentSize",
+    "Layout",
+    "NetworkPlan",
+    "NormalizedLayer",
+    "call_model",
+    "choose",
+    "cut_at_head",
+    "few",
+    "modules_of",
+    "needs_batch",
+    "num_inputs",
+    "output_place",
+    "own_blocks",
+    "parse_blocks",
+    "passing",
+    "plan_blocks",
+    "recognize",
+    "replaced",
+    "standing_in",
+]

@@ -1,0 +1,165 @@
+"""One forward of a model, watched: which modules run, in what order, on which tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from locallearn.errors import UserError
+
+_MAX_TRACED = 3  # images; few dimensions of a tensor are as large by chance
+
+Inputs = Any
+"""What a model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments."""
+
+
+def call_model(forward: Callable[..., Any], inputs: Inputs) -> Any:
+    """The forward of a tensor, of a tuple as arguments, or of a dict as keyword arguments."""
+    if isinstance(inputs, dict):
+        return forward(**inputs)
+    if isinstance(inputs, tuple | list):
+        return forward(*inputs)
+    return forward(inputs)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of a tensor, list, tuple, dict or any other pytree."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def num_inputs(inputs: Inputs) -> int:
+    """N: the first dimension of the first tensor."""
+    tensors = tensors_of(inputs)
+    if not tensors or tensors[0].ndim == 0:
+        raise UserError("the model's input holds no tensor with a batch dimension.")
+    return len(tensors[0])
+
+
+def few(inputs: Inputs) -> Inputs:
+    """The first of the batch: as many as a trace needs."""
+    num = num_inputs(inputs)
+
+    def shorten(tensor: Tensor) -> Tensor:
+        is_batch = tensor.ndim > 0 and len(tensor) == num
+        return tensor[:_MAX_TRACED] if is_batch else tensor
+
+    return tree_map_only(Tensor, shorten, inputs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within: evaluation mode, with a graph; afterwards every module's own mode again.
+
+    The graph keeps torch's transformer layers from their fused inference, which runs none of
+    their modules.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def foreseeing_failure(inputs: Inputs) -> Iterator[None]:
+    """Within: what the model's forward raises is said as the user's concern that it is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(inputs))
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"the model's forward fails on the example input of shape {shapes}: {what}. Give an "
+            f"example_input (or images) of the shape and dtype that the model takes."
+        ) from error
+
+
+@dataclass
+class Seen:
+    """A tensor at a moment: the object, and how often it had been written to."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, value: Any) -> list[Seen]:
+        return [cls(tensor, tensor._version) for tensor in tensors_of(value)]
+
+    def is_same(self, other: Seen) -> bool:
+        return self.tensor is other.tensor and self.version == other.version
+
+
+@dataclass
+class Call:
+    """The first call of a module in the forward, and how many there were.
+
+    Attributes:
+        name: of the module in the model.
+        start: its place in the order of calls.
+        inputs: its tensors, when it began.
+        outputs: its tensors, when it ended.
+        is_leaf: whether no other module ran inside.
+        num_calls: in one forward.
+    """
+
+    name: str
+    module: nn.Module
+    start: int
+    inputs: list[Seen]
+    outputs: list[Seen] = field(default_factory=list)
+    is_leaf: bool = True
+    num_calls: int = 1
+
+
+def trace(model: nn.Module, inputs: Inputs) -> dict[str, Call]:
+    """Name -> call, of every module that runs in a forward in evaluation mode, by order of start.
+
+    A module that the model holds under several names goes by the first.
+
+    Raises:
+        UserError: the forward fails on these inputs.
+    """
+    calls: dict[str, Call] = {}
+    running: list[str] = []
+
+    def enter(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if running:
+                calls[running[-1]].is_leaf = False
+            running.append(name)
+            if name in calls:
+                calls[name].num_calls += 1
+            else:
+                calls[name] = Call(name, module, len(calls), Seen.of((args, kwargs)))
+
+        return hook
+
+    def leave(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            running.pop()
+            calls[name].outputs = Seen.of(output)
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(leave(name)))
+    try:
+        with evaluating(model), foreseeing_failure(inputs):
+            call_model(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
