@@ -1,9 +1,9 @@
 """One-dimensional convolutions: which waveform lies in the noise?
 
-Sine, square, sawtooth and triangle waves of any frequency and phase, under as much noise as signal.
-The network is one flat nn.Sequential, with no module for a block: the learner makes a block of each
-chain Conv1d, BatchNorm1d, ReLU. Trained by LLS-M and by backpropagation: about twenty seconds on
-two CPU cores.
+Sine, square, sawtooth and triangle waves of any frequency and phase, under noise nearly as strong as
+they are. The network is one flat nn.Sequential, with no module for a block: the learner makes a
+block of each chain Conv1d, BatchNorm1d, ReLU. 300 steps by each rule, less than a minute on one CPU
+core: LLS-M reached 89.5 % here, and backpropagation 92.8 %.
 
     python examples/signals_1d.py
 """

@@ -3,8 +3,9 @@
 The network is written by hand: patches of 2x2 pixels, a class token, position embeddings, six
 encoder layers of PyTorch. The learner finds the six layers, whose outputs are tokens (N, L, C) and
 are pooled along the sequence for the local head. The class token and the position embeddings are
-parameters of no block; they learn together with the first layer, which reads them. Trained by LLS-S
-and by backpropagation, fifteen epochs each: about a minute on two CPU cores.
+parameters of no block; they learn together with the first layer, which reads them. Fifteen epochs
+by each rule, a bit more than a minute on one CPU core: LLS-S reached 91.4 % here, and
+backpropagation 95.0 %.
 
     python examples/vit_digits.py
 """

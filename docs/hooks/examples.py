@@ -14,7 +14,7 @@ what was measured, on two CPU cores, also where backpropagation does better.
 
 
 def examples_page(directory: Path) -> str:
-    """The page, in Markdown: one section for each program, headed by its file name."""
+    """The page, in Markdown: one section for each program, headed by what it shows."""
     sections = [_INTRODUCTION]
     for path in sorted(directory.glob("*.py")):
         source = path.read_text()
@@ -23,9 +23,10 @@ def examples_page(directory: Path) -> str:
             raise ValueError(f"{path} has no docstring to say what it shows.")
         code = source.split('"""', 2)[2].strip()
         indented = "\n".join(f"    {line}".rstrip() for line in code.splitlines())
+        title, _, story = docstring.partition("\n\n")
         sections += [
-            f"## {path.name} {{#{path.stem}}}\n",
-            f"{docstring}\n",
+            f"## {title.rstrip('.')} {{#{path.stem}}}\n",
+            f"{story}\n",
             f'??? example "The program"\n\n    ```python\n{indented}\n    ```\n',
         ]
     return "\n".join(sections)
