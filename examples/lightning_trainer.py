@@ -1,8 +1,8 @@
 """Local learning in Lightning's Trainer.
 
 `LocalLightningModule` makes a LightningModule of a network and a rule: the blocks learn inside the
-forward, and the Trainer has its epochs, validation, callbacks and checkpoints as ever. Ten epochs of
-the digits, ten seconds on one CPU core. Needs `pip install 'locallearn[lightning]'`.
+forward, and the Trainer has its epochs, validation, callbacks and checkpoints as ever. Ten epochs
+of the digits, ten seconds on one CPU core. Needs `pip install 'locallearn[lightning]'`.
 
     python examples/lightning_trainer.py
 """

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
@@ -32,36 +32,28 @@ def build_model(num_classes: int, in_channels: int) -> nn.Module:
     return model
 
 
-def load() -> tuple[TensorDataset, Tensor, Tensor]:
-    """Training set, test images, test labels."""
+def train(rule: str, *, epochs: int, num_images: int | None) -> float:
+    """Test accuracy, percent."""
+    torch.manual_seed(0)
     pixels, digits = load_digits(return_X_y=True)
     images = torch.tensor(pixels / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8)
     labels = torch.tensor(digits)
-    train, test = train_test_split(range(len(labels)), test_size=0.2, random_state=0)
-    return TensorDataset(images[train], labels[train]), images[test], labels[test]
-
-
-def train(rule: str, *, epochs: int, num_images: int) -> float:
-    """Test accuracy, percent."""
-    torch.manual_seed(0)
-    train_set, test_images, test_labels = load()
+    seen, held_out = train_test_split(range(len(labels)), test_size=0.2, random_state=0)
+    seen = seen[:num_images]
     loader = DataLoader(
-        torch.utils.data.Subset(train_set, range(min(num_images, len(train_set)))),
-        batch_size=64,
-        shuffle=True,
-        drop_last=True,
+        TensorDataset(images[seen], labels[seen]), batch_size=64, shuffle=True, drop_last=True
     )
     learner = LocalLearner(build_model(10, in_channels=1), rule, num_classes=10)
     for _ in range(epochs):
-        for images, labels in loader:
-            learner.step(images, labels)
+        for batch_images, batch_labels in loader:
+            learner.step(batch_images, batch_labels)
     if learner.block_names:
         print(f"blocks: {', '.join(learner.block_names)}")
-    correct = learner(test_images).argmax(dim=1) == test_labels
+    correct = learner(images[held_out]).argmax(dim=1) == labels[held_out]
     return 100 * correct.float().mean().item()
 
 
-def main(epochs: int = 2, num_images: int = 1437) -> None:
+def main(epochs: int = 2, num_images: int | None = None) -> None:
     for rule in ("lls-s", "bp"):
         print(f"{rule}: test accuracy {train(rule, epochs=epochs, num_images=num_images):.1f} %")
 

@@ -1,8 +1,8 @@
 """A plain MLP on a table: breast cancer, 569 rows of 30 measurements.
 
 Each Linear, BatchNorm, ReLU is a block. A table as small and as easy as this needs no deep network:
-logistic regression stands beside LLS and backpropagation, and all three reach 96 % to 97 %, the mean
-of five random splits. Half a minute on one CPU core.
+logistic regression stands beside LLS and backpropagation, and all three reach 96 % to 97 %, the
+mean of five random splits. Half a minute on one CPU core.
 
     python examples/tabular_mlp.py
 """
