@@ -72,6 +72,16 @@ PRECISIONS = ("fp32", "bf16")
 COMPILE_AFTER = 1_200_000_000
 
 
+def _bridged_names(model: nn.Module, blocks: str) -> list[str] | None:
+    """Until blocks="auto" is there: our own blocks, or the model's children but the last."""
+    if blocks != "auto":
+        return [name.strip() for name in blocks.split(",")]
+    if any(isinstance(module, Block) for module in model.modules()):
+        return None
+    children = [n for n, m in model.named_children() if any(True for _ in m.parameters())]
+    return children[:-1]
+
+
 @dataclass
 class StepResult:
     """What a training step yields; nothing here has been brought to the host.
@@ -147,7 +157,7 @@ class LocalLearner(nn.Module):
         optimizer: str | OptimizerFactory | None = None,
         lr: float | None = None,
         weight_decay: float = 0.0,
-        blocks: Sequence[str] | None = None,
+        blocks: Sequence[str] | str | None = None,
         example_input: Tensor | None = None,
         group_blocks: int = 1,
         head_after_pool: bool = False,
@@ -159,6 +169,8 @@ class LocalLearner(nn.Module):
         recalibration_batches: int = 8,
     ) -> None:
         super().__init__()
+        if isinstance(blocks, str):
+            blocks = _bridged_names(model, blocks)
         if precision not in PRECISIONS:
             raise UserError(f"unknown precision {precision!r}. Valid: {', '.join(PRECISIONS)}.")
         own = getattr(model, "num_classes", None)
