@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.data.dataset import DATA_SEED, Dataset, stratified_order
-from locallearn.engine.finding import find_blocks, head_spec
+from locallearn.engine.finding import head_spec, output_shapes
 from locallearn.engine.learner import LocalLearner
 from locallearn.errors import UserError
 from locallearn.kernels import pool_latents
@@ -32,11 +32,12 @@ class BlockView:
         block: the module.
         head: the rule's own; None of a rule without local heads.
         spec: what a head of this block must fit.
-        is_after_pool: whether what is read is what the block hands on, after its max-pool.
+        is_after_pool: whether what is read is what the block hands on, after its max-pool; always
+            of a block that is not the package's own.
     """
 
     name: str
-    block: Block
+    block: nn.Module
     head: LocalHead | None
     spec: HeadSpec
     is_after_pool: bool
@@ -46,25 +47,53 @@ class BlockView:
         return pool_latents(features, self.spec.latent_size)
 
 
-def block_views(learner: LocalLearner, *, head_after_pool: bool = False) -> list[BlockView]:
-    """The blocks of one of the package's networks, in the order of the forward.
+def block_views(
+    learner: LocalLearner,
+    *,
+    head_after_pool: bool = False,
+    example_input: Tensor | None = None,
+) -> list[BlockView]:
+    """The blocks of a network, in the order of the forward.
 
     Of blocks that learn in groups, the last of each group, which the head reads. Where the rule has
-    no local heads, every block.
+    no local heads, every block of the package's own.
+
+    Arguments:
+        learner: the network.
+        head_after_pool: whether the run's heads read after the max-pool.
+        example_input: a batch, from which the shapes of blocks of another make are read.
+
+    Raises:
+        UserError: a network of another make without blocks that learn by themselves, or a block of
+            it that yields what no local head reads.
     """
-    modules = find_blocks(learner.model, None)
     is_local = isinstance(learner.rule, LocalRule)
+    blocks: dict[str, nn.Module] = {n: group[-1] for n, group in learner.block_modules.items()}
     heads: dict[str, nn.Module] = {}
     if is_local:
         heads = dict(zip(learner.block_names, learner.heads, strict=True))
+    else:
+        own: dict[str, nn.Module] = {
+            name: module
+            for name, module in learner.model.named_modules()
+            if isinstance(module, Block)
+        }
+        blocks = own or blocks
+    if not blocks:
+        raise UserError(
+            f"{type(learner.model).__name__} is a network of another make, in which rule "
+            f"{learner.rule.name!r} knows no blocks to look at. Look at a run of a local rule."
+        )
+    foreign = {name: block for name, block in blocks.items() if not isinstance(block, Block)}
+    shapes = output_shapes(learner.model, foreign, example_input) if foreign else {}
     views = []
-    for name in heads or modules:
-        block, head = modules[name], heads.get(name)
-        assert isinstance(block, Block)
+    for name, block in blocks.items():
+        head = heads.get(name)
         assert head is None or isinstance(head, LocalHead)
-        dtype = next(block.parameters()).dtype
-        spec = head_spec(name, block, learner.num_classes, dtype, None)
-        views.append(BlockView(name, block, head, spec, head_after_pool and is_local))
+        dtype = next(block.parameters(), torch.empty(0)).dtype
+        spec = head_spec(name, block, learner.num_classes, dtype, shapes.get(name))
+        is_after_pool = name in foreign or (head_after_pool and is_local)
+        views.append(BlockView(name, block, head, spec, is_after_pool))
     return views
 
 
@@ -122,12 +151,12 @@ def _reading(views: Sequence[BlockView]) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    handles = [
-        view.block.register_forward_hook(after(view.name))
-        if view.is_after_pool
-        else view.block.pool.register_forward_pre_hook(before(view.name))
-        for view in views
-    ]
+    handles = []
+    for view in views:
+        if isinstance(view.block, Block) and not view.is_after_pool:
+            handles.append(view.block.pool.register_forward_pre_hook(before(view.name)))
+        else:
+            handles.append(view.block.register_forward_hook(after(view.name)))
     try:
         yield features
     finally:
