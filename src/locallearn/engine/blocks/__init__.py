@@ -8,7 +8,14 @@ watched by `trace`, and leave it as it is.
 
 from locallearn.engine.blocks.chain import Chain, forwards_through, modules_of
 from locallearn.engine.blocks.choosing import BlockChoice, Blocks, choose, parse_blocks
-from locallearn.engine.blocks.layout import PLAIN, LatentSize, Layout, output_place, replaced
+from locallearn.engine.blocks.layout import (
+    PLAIN,
+    LatentSize,
+    Layout,
+    output_place,
+    read_output,
+    replaced,
+)
 from locallearn.engine.blocks.planning import (
     BlockPlan,
     NetworkPlan,
@@ -51,6 +58,7 @@ __all__ = [
     "own_blocks",
     "parse_blocks",
     "plan_blocks",
+    "read_output",
     "recognize",
     "replaced",
     "standing_in",
