@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from locallearn.engine.blocks import (
     BlockPlan,
     Blocks,
+    ClosedForm,
     Inputs,
     NetworkPlan,
     call_model,
@@ -134,7 +135,7 @@ def count_blocks(
                 block.name,
                 block.names,
                 " + ".join(type(member).__name__ for member in block.members),
-                counter.paths[block.name],
+                counter.path(block.name),
                 num_params,
                 counter.macs.get(block.name, 0) // num_images,
                 kept * batch_size // num_images,
@@ -167,12 +168,15 @@ class _Counter:
         self.parameters |= {b.untyped_storage().data_ptr() for b in model.buffers()}
         self.macs: dict[str, int] = {}
         self.kept: dict[str, int] = {}
-        self.paths = {
-            block.name: _GENERIC
-            if block.reads_loose or recognize(block.module) is None
-            else _CLOSED_FORM
+        # Now, while the blocks' own forwards are in place.
+        self._forms = {
+            block.name: None if block.reads_loose else recognize(block.module)
             for block in plan.blocks
         }
+
+    def path(self, name: str) -> str:
+        """Of a block: "closed form" or "generic"."""
+        return _GENERIC if self._forms[name] is None else _CLOSED_FORM
 
     def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
         forwards: dict[nn.Module, Callable[..., Any]] = {}
@@ -189,26 +193,27 @@ class _Counter:
             outputs: list[Any] = []
             macs, kept = _count(lambda: outputs.append(inner(*args, **kwargs)), self.parameters)
             output = tree_map_only(Tensor, Tensor.detach, outputs[0])
-            if self.paths[block.name] == _CLOSED_FORM:
-                kept = self._kept_in_closed_form(block, (args, kwargs), output)
-            else:
+            form = self._forms[block.name]
+            if form is None:
                 kept += _num_bytes(tree_leaves(output))
+            else:
+                kept = _kept_in_closed_form(form, (args, kwargs), output)
             self.macs[block.name] = self.macs.get(block.name, 0) + macs
             self.kept[block.name] = max(self.kept.get(block.name, 0), kept)
             return output
 
         return forward
 
-    def _kept_in_closed_form(self, block: BlockPlan, inputs: Any, output: Tensor) -> int:
-        form = recognize(block.module)
-        assert form is not None
-        z = output.numel() * form.max_pool**2 * output.element_size()
-        kept = _num_bytes(tree_leaves(inputs)) + z + output.numel() * output.element_size()
-        if form.inner is not None:
-            (x,) = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-            inner = form.inner.layer(x)
-            kept += 2 * inner.numel() * inner.element_size()
-        return kept
+
+def _kept_in_closed_form(form: ClosedForm, inputs: Any, output: Tensor) -> int:
+    """Bytes of the block's input and output, and of what its layers yield in between."""
+    z = output.numel() * form.max_pool**2 * output.element_size()
+    kept = _num_bytes(tree_leaves(inputs)) + z + output.numel() * output.element_size()
+    if form.inner is not None:
+        (x,) = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        inner = form.inner.layer(x)
+        kept += 2 * inner.numel() * inner.element_size()
+    return kept
 
 
 def _count(run: Callable[[], Any], known: set[int]) -> tuple[int, int]:
