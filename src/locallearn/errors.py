@@ -14,9 +14,17 @@ class UserError(ValueError):
     """
 
 
-def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:
-    """The error for a name that is in no registry: the nearest valid one, then all of them."""
+def unknown_name(
+    kind: str, name: str, valid: Iterable[str], *, listed_by: str | None = None
+) -> UserError:
+    """The error for a name that is in no registry: the nearest valid one, then all of them.
+
+    Where they are too many for a line, ``listed_by`` is the command that lists them, and the
+    nearest three are named.
+    """
     names = sorted(valid)
-    nearest = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return UserError(f"unknown {kind} {name!r}.{hint} Valid: {', '.join(names)}.")
+    num_near = 1 if listed_by is None else 3
+    nearest = difflib.get_close_matches(name.lower(), names, n=num_near, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+    rest = f"Valid: {', '.join(names)}." if listed_by is None else f"`{listed_by}` lists them."
+    return UserError(f"unknown {kind} {name!r}.{hint} {rest}")

@@ -1,12 +1,16 @@
 """Figures and tables made of recorded numbers. Nothing here trains."""
 
+from locallearn.analysis.blocks import BlockCost, ModelCost, count_blocks
 from locallearn.analysis.cost import Cost, run_cost, step_cost
 from locallearn.analysis.figures import plot_benchmark, plot_confusion, side_name
 from locallearn.analysis.mean_std import MeanStd
 
 __all__ = [
+    "BlockCost",
     "Cost",
     "MeanStd",
+    "ModelCost",
+    "count_blocks",
     "plot_benchmark",
     "plot_confusion",
     "run_cost",

@@ -31,7 +31,14 @@ from torch import Tensor, nn
 from locallearn.engine import RunConfig
 from locallearn.engine.building import build_network
 from locallearn.kernels.compiled.cells import FEW_CHANNELS
-from locallearn.models import Block, BlockNetwork, ConvBlock, DepthwiseSeparableBlock, LinearBlock
+from locallearn.models import (
+    Block,
+    BlockNetwork,
+    ConvBlock,
+    DepthwiseSeparableBlock,
+    LinearBlock,
+    is_foreign,
+)
 from locallearn.rules import (
     Backprop,
     BasisHead,
@@ -185,14 +192,18 @@ def step_cost(
     return Cost(signal, forward, total, num_params, additional, peak, name)
 
 
-def run_cost(config: RunConfig, rule: Rule | None = None) -> Cost:
+def run_cost(config: RunConfig, rule: Rule | None = None) -> Cost | None:
     """The cost of a step of a run, of the same network under another rule where one is given.
 
-    Blocks that are grouped are counted as if each were by itself.
+    Blocks that are grouped are counted as if each were by itself. None of a model from elsewhere,
+    whose layers are not ours to count, and of blocks that were chosen.
     """
     settings, inputs = config.settings, config.inputs
+    if is_foreign(settings.model) or settings.blocks != "auto":
+        return None
     with torch.device("meta"):
         model = build_network(settings, inputs, len(config.class_names))
+    assert isinstance(model, BlockNetwork)
     return step_cost(
         model,
         settings.build_rule() if rule is None else rule,

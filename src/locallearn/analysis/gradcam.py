@@ -15,6 +15,7 @@ Source: Selvaraju et al., "Grad-CAM", ICCV 2017; computed by captum (the extra `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.analysis.shuffling import Shuffled
+from locallearn.engine.learner import LocalLearner
 from locallearn.errors import UserError
+from locallearn.models import Block
 
 MASKED_SHARE = 0.2
 NUM_SHIFTS = 20
@@ -37,6 +40,43 @@ def load_captum() -> Any:
     except ImportError as error:
         raise UserError("Grad-CAM needs captum: pip install 'locallearn[gradcam]'.") from error
     return captum.attr
+
+
+def convolutional_blocks(learner: LocalLearner, example_input: Tensor) -> dict[str, nn.Module]:
+    """Name -> module whose output (N, C, H, W) a heat map can be made of, in the model's order.
+
+    The package's own convolutional blocks. In a network of another make those of its blocks that
+    hold convolutions and put out as many channels as one of them; of a rule without blocks, every
+    such module.
+
+    Arguments:
+        learner: the network.
+        example_input: (N, C, H, W).
+    """
+    named = dict(learner.model.named_modules())
+    own = {name: module for name, module in named.items() if isinstance(module, Block)}
+    if own:
+        return {name: block for name, block in own.items() if not block.is_linear}
+    blocks = {name: modules[-1] for name, modules in learner.block_modules.items()} or named
+    found: set[str] = set()
+
+    def find(name: str, widths: set[int]) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim == 4 and output.shape[1] in widths:
+                found.add(name)
+
+        return hook
+
+    handles = []
+    for name, block in blocks.items():
+        widths = {m.out_channels for m in block.modules() if isinstance(m, nn.Conv2d)}
+        handles.append(block.register_forward_hook(find(name, widths)))
+    try:
+        learner(example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: block for name, block in blocks.items() if name in found}
 
 
 def heat_maps(model: nn.Module, layer: nn.Module, images: Tensor, targets: Tensor) -> Tensor:

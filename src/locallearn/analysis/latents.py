@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from locallearn.data.dataset import DATA_SEED, Dataset, stratified_order
-from locallearn.engine.assembly import head_spec
-from locallearn.engine.blocks import BlockPlan, own_blocks
+from locallearn.engine.assembly import head_dtype, head_spec
+from locallearn.engine.blocks import PLAIN, BlockPlan, Layout, read_output
 from locallearn.engine.learner import LocalLearner
 from locallearn.errors import UserError
 from locallearn.kernels import pool_latents
@@ -33,14 +34,17 @@ class BlockView:
         block: the module.
         head: the rule's own; None of a rule without local heads.
         spec: what a head of this block must fit.
-        is_after_pool: whether what is read is what the block hands on, after its max-pool.
+        is_after_pool: whether what is read is what the block hands on, after its max-pool; always
+            of a block that is not the package's own.
+        layout: how its output lies.
     """
 
     name: str
-    block: Block
+    block: nn.Module
     head: LocalHead | None
     spec: HeadSpec
     is_after_pool: bool
+    layout: Layout = PLAIN
 
     def latents(self, features: Tensor) -> Tensor:
         """p, (N, T), of what is read, (N, C, H, W) or (N, F)."""
@@ -48,30 +52,47 @@ class BlockView:
 
 
 def block_views(learner: LocalLearner, *, head_after_pool: bool = False) -> list[BlockView]:
-    """The blocks of one of the package's networks, in the order of the forward.
+    """The blocks of a network, in the order of the forward.
 
     Of blocks that learn in groups, the last of each group, which the head reads. Where the rule has
-    no local heads, every block.
+    no local heads, every block of the package's own.
+
+    Arguments:
+        learner: the network.
+        head_after_pool: whether the run's heads read after the max-pool.
+
+    Raises:
+        UserError: a network of another make without blocks that learn by themselves, or a block of
+            it that yields what no local head reads.
     """
-    modules = own_blocks(learner.model)
-    if not modules:
-        raise UserError(
-            f"the latents of {type(learner.model).__name__} can't be analysed: only those of the "
-            f"package's own networks can; see `locallearn list models`."
-        )
     is_local = isinstance(learner.rule, LocalRule)
+    blocks: dict[str, nn.Module] = {n: group[-1] for n, group in learner.block_modules.items()}
     heads: dict[str, nn.Module] = {}
     if is_local:
         heads = dict(zip(learner.block_names, learner.heads, strict=True))
+    else:
+        own: dict[str, nn.Module] = {
+            name: module
+            for name, module in learner.model.named_modules()
+            if isinstance(module, Block)
+        }
+        blocks = own or blocks
+    if not blocks:
+        raise UserError(
+            f"{type(learner.model).__name__} is a network of another make, in which rule "
+            f"{learner.rule.name!r} knows no blocks to look at. Look at a run of a local rule."
+        )
+    rule = learner.rule if isinstance(learner.rule, LocalRule) else LocalRule()
+    plans = {plan.name: plan for plan in learner.plan.blocks} if learner.plan else {}
     views = []
-    for name in heads or modules:
-        block, head = modules[name], heads.get(name)
-        assert isinstance(block, Block)
+    for name, block in blocks.items():
+        head = heads.get(name)
         assert head is None or isinstance(head, LocalHead)
-        dtype = next(block.parameters()).dtype
-        rule = learner.rule if isinstance(learner.rule, LocalRule) else LocalRule()
-        spec = head_spec(BlockPlan(name, (name,), block), learner.num_classes, dtype, rule)
-        views.append(BlockView(name, block, head, spec, head_after_pool and is_local))
+        plan = plans.get(name) or BlockPlan(name, (name,), block)
+        dtype = head_dtype(next(block.parameters(), torch.empty(0)))
+        spec = head_spec(plan, learner.num_classes, dtype, rule)
+        is_after_pool = not isinstance(plan.module, Block) or (head_after_pool and is_local)
+        views.append(BlockView(name, block, head, spec, is_after_pool, plan.layout or PLAIN))
     return views
 
 
@@ -109,7 +130,8 @@ def observe(
     for images, labels in batches:
         with _reading(views) as features:
             logits = learner(images)
-            yield Observed(labels, logits, dict(features))
+            seen = {v.name: v.layout.view(features[v.name], len(labels)) for v in views}
+            yield Observed(labels, logits, seen)
 
 
 @contextmanager
@@ -124,17 +146,17 @@ def _reading(views: Sequence[BlockView]) -> Iterator[dict[str, Tensor]]:
         return hook
 
     def after(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            features[name] = output.detach().float()
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            features[name] = read_output(output, name).detach().float()
 
         return hook
 
-    handles = [
-        view.block.register_forward_hook(after(view.name))
-        if view.is_after_pool
-        else view.block.pool.register_forward_pre_hook(before(view.name))
-        for view in views
-    ]
+    handles = []
+    for view in views:
+        if isinstance(view.block, Block) and not view.is_after_pool:
+            handles.append(view.block.pool.register_forward_pre_hook(before(view.name)))
+        else:
+            handles.append(view.block.register_forward_hook(after(view.name)))
     try:
         yield features
     finally:

@@ -16,6 +16,8 @@ from locallearn.cli.command import running_command
 from locallearn.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from locallearn.engine.benchmark import BenchmarkConfig, GateResult
     from locallearn.engine.op_benchmark import MachineRates, OpTime
 
@@ -26,7 +28,9 @@ _LEGEND = """* the fastest backpropagation, which the others are compared with.
 
 
 def bench(
-    model: Annotated[str, typer.Option(help="Network; `locallearn list models`.")] = "smallconv",
+    model: Annotated[
+        str, typer.Option(help="Network, named as in `locallearn train`.")
+    ] = "smallconv",
     rules: Annotated[
         str, typer.Option(help="Rules to put beside bp, by commas; options as NAME:OPTION=VALUE.")
     ] = "lls,lls-m,lls-mxm,lls-s",
@@ -46,7 +50,9 @@ def bench(
     ops: Annotated[
         bool,
         typer.Option(
-            "--ops", help="Also time each op of an LLS step beside the least it could take."
+            "--ops",
+            help="Also time each op of an LLS step beside the least it could take; of the "
+            "package's own networks.",
         ),
     ] = False,
     json: Annotated[
@@ -68,7 +74,7 @@ def bench(
     from locallearn.engine.op_benchmark import time_ops
     from locallearn.errors import unknown_name
     from locallearn.kernels import choose_backend, missing_for
-    from locallearn.models import build_model
+    from locallearn.models import BlockNetwork, build_model, is_foreign
     from locallearn.rules import parse_rule
 
     if precision not in PRECISIONS:
@@ -104,7 +110,13 @@ def bench(
     if not config.rules:
         raise UserError("--rules is empty; name one or more, separated by commas.")
 
-    def fresh() -> Any:
+    if ops and is_foreign(model):
+        raise UserError(
+            f"--ops times the ops of the package's own blocks, and --model {model} is from "
+            f"elsewhere. Leave out --ops."
+        )
+
+    def fresh() -> nn.Module:
         return build_model(model, num_classes=classes, in_channels=channels, image_size=image_size)
 
     torch.manual_seed(config.seed)
@@ -113,10 +125,12 @@ def bench(
     with console.status("") as status:
         result = run_benchmark(config, build, status.update)
         timed = None
+        network = build()
         if ops and result.gate.is_green:
+            assert isinstance(network, BlockNetwork)
             status.update("ops")
             timed = time_ops(
-                build(),
+                network,
                 image_shape=config.image_shape,
                 batch_size=batch_size,
                 num_classes=classes,
@@ -126,9 +140,10 @@ def bench(
             )
     for row in result.rows:
         how = (row["path"], row["backend"])
-        if row["path"] == "closed form" or how == ("backprop", "eager"):
+        is_counted = row["path"] == "closed form" or how == ("backprop", "eager")
+        if is_counted and isinstance(network, BlockNetwork):
             cost = step_cost(
-                build(),
+                network,
                 parse_rule(row["rule"]),
                 image_shape=config.image_shape,
                 batch_size=batch_size,

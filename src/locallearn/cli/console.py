@@ -196,6 +196,7 @@ def start_lines(config: RunConfig, learner: LocalLearner, path: Path) -> list[st
     basis = f", {s.basis} basis ({s.setting})" if s.basis else ""
     num_params = sum(p.numel() for p in learner.model.parameters())
     more = learner.num_additional_params
+    rate = next(iter(learner.optimizers.values())).param_groups[0]["lr"]
     additional = f" + {more:,} of the rule" if more else ""
     return [
         f"data     {s.dataset}: {data['num_train']:,} training images{held_out}, "
@@ -203,7 +204,7 @@ def start_lines(config: RunConfig, learner: LocalLearner, path: Path) -> list[st
         f"{config.inputs.num_channels}x{height}x{width}, augmentation: {data['augmentation']}",
         f"model    {s.model}: {num_params:,} parameters{additional}",
         f"rule     {s.rule}{basis}{_chosen(config)}",
-        f"training {s.epochs} epochs, batch {s.batch_size}, {s.optimizer}, lr {s.lr:g}, "
+        f"training {s.epochs} epochs, batch {s.batch_size}, {s.optimizer}, lr {rate:g}, "
         f"{s.precision} on {s.device} ({config.environment['device_name']})",
         f"update   {_update(config, learner)}",
         f"run      {path}",

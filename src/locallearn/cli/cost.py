@@ -41,7 +41,7 @@ def cost(
     from locallearn.engine import PRECISIONS
     from locallearn.engine.files import check_target, write_json
     from locallearn.errors import unknown_name
-    from locallearn.models import build_model, list_models
+    from locallearn.models import build_block_network, is_foreign, list_models
     from locallearn.rules import build_rule, parse_rule
 
     if precision not in PRECISIONS:
@@ -49,6 +49,11 @@ def cost(
     for name, value in (("channels", channels), ("classes", classes), ("batch-size", batch_size)):
         if value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}.")
+    if is_foreign(model):
+        raise UserError(
+            f"cost counts the layers of the package's own networks, and --model {model} is from "
+            f"elsewhere. `locallearn bench --model {model}` measures a step's time and memory."
+        )
     if json is not None:
         check_target(Path(json), "--json")
     named = [name.strip() for name in rules.split(",") if name.strip()]
@@ -77,7 +82,7 @@ def cost(
         table.add_column(heading, justify="right", no_wrap=True)
     rows = []
     for name in list_models() if model == "all" else [model]:
-        network = build_model(
+        network = build_block_network(
             name, num_classes=classes, in_channels=channels, image_size=image_size
         )
         costs = [

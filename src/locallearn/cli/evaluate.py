@@ -17,7 +17,7 @@ from locallearn.cli.options import (
     DeviceOption,
     WeightsArgument,
 )
-from locallearn.cli.run_data import load_run_data
+from locallearn.cli.run_data import load_run, load_run_data
 from locallearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,9 +46,10 @@ def evaluate(
     """Accuracy, per-class accuracy and the confusion matrix of a trained network."""
     import torch
 
-    from locallearn.engine import choose_device, load_trained
+    from locallearn.engine import choose_device
     from locallearn.engine import evaluate as evaluate_on
     from locallearn.engine.building import evaluation_loader, recalibrate, training_loader
+    from locallearn.engine.config import model_name
     from locallearn.engine.files import check_target, write_atomically, write_json
 
     if split not in _SPLITS:
@@ -59,7 +60,7 @@ def evaluate(
         if given is not None:
             check_target(Path(given), name)
     place = torch.device(choose_device(device))
-    trained = load_trained(Path(run))
+    trained = load_run(run)
     dataset = load_run_data(trained, data_dir, cache)
     source = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[split]
     if source is None:
@@ -71,7 +72,8 @@ def evaluate(
     result = evaluate_on(learner, loader, len(trained.config.class_names))
 
     names = trained.config.class_names
-    title = f"{trained.config.settings.model}, {trained.config.settings.rule}: {split} set"
+    settings = trained.config.settings
+    title = f"{model_name(settings)}, {settings.rule}: {split} set"
     _print(result, names, trained, split, len(source))
     if plot is not None:
         from locallearn.analysis import plot_confusion

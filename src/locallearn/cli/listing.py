@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from locallearn.errors import unknown_name
+from locallearn.errors import UserError, unknown_name
 
 _KINDS = ("models", "rules", "datasets")
 
@@ -18,39 +19,77 @@ def list_names(
         str | None,
         typer.Argument(help="models, rules or datasets; all of them by default.", metavar="KIND"),
     ] = None,
+    pattern: Annotated[
+        str,
+        typer.Argument(
+            help="Names to list, with * and ?; of models also 'torchvision:*' and 'timm:*'.",
+            show_default=False,
+        ),
+    ] = "*",
 ) -> None:
     """The models, rules and datasets there are."""
     if kind is not None and kind not in _KINDS:
         raise unknown_name("kind", kind, _KINDS)
+    if kind == "models" and ":" in pattern:
+        _print_names(pattern)
+        return
     console = Console(highlight=False)
     for each in (kind,) if kind else _KINDS:
-        console.print({"models": _models, "rules": _rules, "datasets": _datasets}[each]())
+        table = {"models": _models, "rules": _rules, "datasets": _datasets}[each](pattern)
+        if not table.row_count:
+            raise UserError(f"none of the {each} is called {pattern}. `locallearn list {each}`.")
+        console.print(table)
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", caption_justify="left")
     for heading in headings:
         table.add_column(heading, overflow="fold", no_wrap=heading == "name")
     return table
 
 
-def _models() -> Table:
+def _print_names(pattern: str) -> None:
+    """Of models from elsewhere: a line each, to be pasted behind --model."""
+    from locallearn.models import list_models
+
+    names = list_models(pattern)
+    if not names:
+        source = pattern.partition(":")[0]
+        raise UserError(f"no model is called {pattern}. `locallearn list models '{source}:*'`.")
+    print("\n".join(names))
+
+
+def _models(pattern: str) -> Table:
     from locallearn.models import build_model, list_models, model_spec
 
     table = _table("models", "name", "what it is", "parameters (10 classes)", "smallest image")
-    for name in list_models():
+    for name in list_models(pattern):
         spec = model_spec(name)
         num_params = sum(p.numel() for p in build_model(name).parameters())
         side = spec.min_image_size
         table.add_row(name, spec.summary, f"{num_params:,}", f"{side}x{side}")
+    table.caption = (
+        f"from elsewhere: torchvision:NAME ({_count('torchvision')}), timm:NAME "
+        f"({_count('timm')}), FILE.py:FUNCTION; `locallearn list models 'torchvision:res*'`"
+    )
     return table
 
 
-def _rules() -> Table:
+def _count(package: str) -> str:
+    """How many models a package has, in words."""
+    from locallearn.models import list_models
+
+    try:
+        return f"{len(list_models(f'{package}:*')):,} models"
+    except UserError as error:
+        return escape(str(error).rstrip("."))
+
+
+def _rules(pattern: str) -> Table:
     from locallearn.rules import Information, list_rules, rule_class
 
     table = _table("rules", "name", "what it is", "trains besides the network", "learns from")
-    for name in list_rules():
+    for name in list_rules(pattern):
         rule = rule_class(name)
         # In the order of the declaration, from the nearest to the farthest.
         reached = [information for information in Information if information in rule.learns_from]
@@ -58,14 +97,13 @@ def _rules() -> Table:
     table.caption = (
         "learns from: what reaches a block's update, as the tests measure it by perturbation"
     )
-    table.caption_justify = "left"
     return table
 
 
-def _datasets() -> Table:
+def _datasets(pattern: str) -> Table:
     from locallearn.data import dataset_spec, list_datasets
 
     table = _table("datasets", "name", "what it is")
-    for name in list_datasets():
+    for name in list_datasets(pattern):
         table.add_row(name, dataset_spec(name).summary)
     return table

@@ -13,6 +13,7 @@ import typer
 from locallearn.cli import (
     analyze,
     bench,
+    blocks,
     cost,
     doctor,
     evaluate,
@@ -39,6 +40,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("reproduce")(reproduce.reproduce)
 app.command("bench")(bench.bench)
+app.command("blocks")(blocks.blocks)
 app.command("cost")(cost.cost)
 app.add_typer(analyze.app, name="analyze")
 app.command("report")(report.report)

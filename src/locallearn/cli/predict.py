@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from locallearn.cli.options import DeviceOption, WeightsArgument
+from locallearn.cli.run_data import load_run
 from locallearn.errors import UserError
 
 
@@ -26,12 +27,12 @@ def predict(
     import torch
 
     from locallearn.data import read_for_prediction
-    from locallearn.engine import choose_device, load_trained
+    from locallearn.engine import choose_device
 
     if top < 1:
         raise UserError(f"--top must be at least 1, got {top}.")
     place = torch.device(choose_device(device))
-    trained = load_trained(Path(run))
+    trained = load_run(run)
     trained.check_statistics(run)
     names = trained.config.class_names
     learner = trained.learner.to(place)

@@ -1,8 +1,10 @@
-"""The data of a run that is over."""
+"""The weights and the data of a run that is over."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from locallearn.cli.console import make_observer
@@ -11,6 +13,23 @@ from locallearn.errors import UserError
 if TYPE_CHECKING:
     from locallearn.data import Dataset
     from locallearn.engine import Trained
+
+
+def load_run(run: str) -> Trained:
+    """The run with its weights, which are put into its model built anew.
+
+    A note goes to standard error where a file builds the model, and has changed since.
+
+    Raises:
+        UserError: no run, or a model that can't be built, or that the weights do not fit.
+    """
+    from locallearn.engine import load_trained
+    from locallearn.engine.building import changed_file
+
+    trained = load_trained(Path(run))
+    if change := changed_file(trained.config.settings):
+        print(f"note: {change}: these are its weights in the model as it is now", file=sys.stderr)
+    return trained
 
 
 def load_run_data(trained: Trained, data_dir: str | None, cache: str | None) -> Dataset:

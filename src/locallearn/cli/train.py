@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from locallearn.cli.console import make_observer
+from locallearn.cli.naming import file_name
 from locallearn.cli.signals import noting_signals
 from locallearn.errors import UserError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from locallearn.engine import Trainer
 
 _NOT_SETTINGS = ("out", "resume", "quiet")
+_MAX_MODEL_LENGTH = 80  # of a run directory's name: a model's options may be long
 
 
 def _option(help: str, panel: str, *names: str) -> Any:
@@ -67,8 +69,22 @@ def train(
         int | None, _option("Test on so many images at most. Default: all.", _DATA)
     ] = None,
     model: Annotated[
-        str, _option("Network; `locallearn list models`. Default: smallconv.", _MODEL)
+        str,
+        _option(
+            "Network: one of `locallearn list models`; or torchvision:NAME, timm:NAME or "
+            "FILE.py:FUNCTION, with options of its builder as NAME:OPTION=VALUE. "
+            "Default: smallconv.",
+            _MODEL,
+        ),
     ] = "smallconv",
+    blocks: Annotated[
+        str,
+        _option(
+            "Modules that learn by themselves, by commas: names as in named_modules(), with * and "
+            "?, or type:CLASS. Default: auto (the network's own blocks, or its repeated units).",
+            _MODEL,
+        ),
+    ] = "auto",
     dropout: Annotated[
         float, _option("Dropout between blocks, probability. Default: 0.", _MODEL)
     ] = 0.0,
@@ -143,7 +159,9 @@ def train(
     epochs: Annotated[
         int | None,
         _option(
-            "Default: the paper's (smallconv 100, vgg8 300, mobilenet-v1 500); digits 40.", _OPTIM
+            "Default: the paper's (smallconv 100, vgg8 300, mobilenet-v1 500); digits 40; models "
+            "from elsewhere 100.",
+            _OPTIM,
         ),
     ] = None,
     batch_size: Annotated[int, _option("Images a step. Default: 128.", _OPTIM)] = 128,
@@ -272,7 +290,10 @@ def _is_from_command_line(ctx: typer.Context, name: str) -> bool:
 
 def _free_path(config: Any) -> Path:
     """runs/TIME-DATASET-MODEL-RULE, numbered where that is taken."""
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}-{config.rule}"
+    from locallearn.engine.config import model_name
+
+    model = file_name(model_name(config))[:_MAX_MODEL_LENGTH]
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{model}-{config.rule}"
     path = Path("runs") / stem
     number = 2
     while path.exists():

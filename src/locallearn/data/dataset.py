@@ -113,9 +113,9 @@ def register_dataset(spec: DatasetSpec) -> DatasetSpec:
     return _DATASETS.add(spec.name, spec)
 
 
-def list_datasets() -> list[str]:
-    """Names of the registered datasets, sorted."""
-    return _DATASETS.names()
+def list_datasets(pattern: str = "*") -> list[str]:
+    """Names of the registered datasets that match the glob ``pattern``, sorted."""
+    return _DATASETS.names(pattern)
 
 
 def dataset_spec(name: str) -> DatasetSpec:

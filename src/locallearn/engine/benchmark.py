@@ -27,7 +27,8 @@ from locallearn.engine.learner import LocalLearner
 from locallearn.engine.measuring import peak_memory_bytes
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend
-from locallearn.models import BlockNetwork
+from locallearn.models import is_foreign
+from locallearn.models.sources import check_logits
 from locallearn.rules import Requirement, parse_rule
 
 Step = Callable[[Tensor, Tensor], object]
@@ -39,6 +40,8 @@ Step = Callable[[Tensor, Tensor], object]
 _GATE_FLOOR = {"fp32": 1e-4, "bf16": 5e-3}
 _GATE_FLOOR_AT_ALL = {"fp32": 5e-3, "bf16": 2e-2}
 _TYPICAL = 0.75  # of the channels
+# Of a block's largest gradient: what float64 leaves of one that is zero is less by far.
+_ZERO_SHARE = 1e-10
 # Weights after some steps of Adam, captured against ordinary.
 _NUM_GRAPH_STEPS = 4
 # Of backpropagation, measured for their memory.
@@ -122,7 +125,7 @@ class BenchmarkResult:
 
 def run_benchmark(
     config: BenchmarkConfig,
-    build: Callable[[], BlockNetwork],
+    build: Callable[[], nn.Module],
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> BenchmarkResult:
     """Gate, then measure.
@@ -133,7 +136,8 @@ def run_benchmark(
         on_progress: told what is going on, a phrase at a time.
 
     Raises:
-        UserError: a rule that has no local update, or a backend that can't run.
+        UserError: a rule that has no local update, a backend that can't run, or a model from
+            elsewhere that does not fit the images or the classes.
     """
     device = torch.device(config.device)
     generator = torch.Generator().manual_seed(config.seed)
@@ -145,6 +149,8 @@ def run_benchmark(
         if parse_rule(rule).requires is Requirement.END_TO_END:
             raise UserError(f"rule {rule!r} is no rule to compare: bp is always measured beside.")
 
+    if is_foreign(config.model):
+        check_logits(config.model, build().to(device), images, config.num_classes)
     backend = choose_backend(config.backend, config.device)
     gate = _check(config, build, backend, images, labels, on_progress)
     if not gate.is_green:
@@ -215,7 +221,7 @@ def _rows(sides: list[Side], batch_size: int) -> list[dict[str, Any]]:
 
 def _check(
     config: BenchmarkConfig,
-    build: Callable[[], BlockNetwork],
+    build: Callable[[], nn.Module],
     backend: str,
     images: Tensor,
     labels: Tensor,
@@ -233,11 +239,28 @@ def _check(
         torch.manual_seed(config.seed)
         network = build().to(images.device)
         built = parse_rule(rule)
-        learner = LocalLearner(network, built, backend=backend, precision=precision, **sgd)
+        learner = LocalLearner(
+            network,
+            built,
+            num_classes=config.num_classes,
+            blocks="auto",
+            example_input=images[:2],
+            backend=backend,
+            precision=precision,
+            **sgd,
+        )
         x = images
         if is_exact:
             single, x = learner, images.double()
-            learner = LocalLearner(copy.deepcopy(network).double(), built, backend=backend, **sgd)
+            learner = LocalLearner(
+                copy.deepcopy(network).double(),
+                built,
+                num_classes=config.num_classes,
+                blocks="auto",
+                example_input=x[:2],
+                backend=backend,
+                **sgd,
+            )
             learner.heads.load_state_dict(single.heads.state_dict())
             for head, twin in zip(learner.heads, single.heads, strict=True):
                 for buffer, source in zip(head.buffers(), twin.buffers(), strict=True):
@@ -274,12 +297,28 @@ class _Error(NamedTuple):
     at_all: float
 
 
+def _block_of(parameter: str) -> str:
+    """ "model.conv1.conv.weight" as "model.conv1", and "heads.0.modulation" as "heads.0"."""
+    return ".".join(parameter.split(".")[:2])
+
+
 def _errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, _Error]:
-    """Block -> the largest errors of any of its parameters' gradients."""
+    """Block -> the largest errors of any of its parameters' gradients.
+
+    A gradient that is exactly zero, as a bias's under BatchNorm, is rounding alone: it is measured
+    by the largest of its block.
+    """
     errors: dict[str, _Error] = {}
+    largest: dict[str, Tensor] = {}
     for name, gradient in exact.items():
-        block = ".".join(name.split(".")[:2])  # "model.conv1" or "heads.0"
+        block = _block_of(name)
         norm = gradient.norm().clamp_min(1e-12)
+        largest[block] = torch.maximum(norm, largest.get(block, norm))
+    for name, gradient in exact.items():
+        block = _block_of(name)
+        norm = gradient.norm().clamp_min(1e-12)
+        if norm < _ZERO_SHARE * largest[block]:
+            norm = largest[block]
         off = (actual[name] - gradient).flatten(1) if gradient.ndim > 1 else actual[name] - gradient
         channels = off.norm(dim=1) if off.ndim > 1 else off.abs()
         # As if every channel were off by this much.
@@ -313,7 +352,7 @@ def _check_graphs(sides: list[Side], images: Tensor, labels: Tensor) -> dict[str
 
 def _sides(
     config: BenchmarkConfig,
-    build: Callable[[], BlockNetwork],
+    build: Callable[[], nn.Module],
     backend: str,
     images: Tensor,
     labels: Tensor,
@@ -323,6 +362,9 @@ def _sides(
         return LocalLearner(
             build().to(images.device),
             parse_rule(rule),
+            num_classes=config.num_classes,
+            blocks="auto",
+            example_input=images[:2],
             optimizer="schedulefree-adamw",  # for all: pepita's usual one is another
             backend=backend,
             precision=config.precision,
@@ -362,7 +404,7 @@ def _sides(
     return sides
 
 
-def same_weights(build: Callable[[], BlockNetwork]) -> Callable[[], BlockNetwork]:
+def same_weights(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """A builder whose networks are all copies of one."""
     original = build()
     return lambda: copy.deepcopy(original)

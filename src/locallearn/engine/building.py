@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,48 @@ from locallearn.data import (
 from locallearn.data.dataset import free_memory_bytes
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
+from locallearn.errors import UserError
 from locallearn.kernels import choose_backend, missing_for
-from locallearn.models import Block, BlockNetwork, build_model
+from locallearn.models import Block, build_model, is_foreign
+from locallearn.models.sources import check_foreign, check_logits, model_digest
 from locallearn.rules import HeadSpec, LatentHead, LocalRule
 
 # Batches that BatchNorm's running statistics are re-estimated on before an evaluation, where the
 # optimizer evaluates at other weights than it trains at (as the authors do).
 RECALIBRATION_BATCHES = 50
+
+_DIGEST_DIGITS = 12  # shown of a sha256
+
+
+def check_model(settings: TrainConfig) -> None:
+    """Whether the run's model can be built here, as far as that is known without building it.
+
+    Arguments:
+        settings: resolved.
+
+    Raises:
+        UserError: no such model, package or file, or a file that has changed since it was noted.
+    """
+    if is_foreign(settings.model):
+        check_foreign(settings.model)
+    if change := changed_file(settings):
+        raise UserError(f"{change}. Restore the file, or start a new run with --out.")
+
+
+def changed_file(settings: TrainConfig) -> str | None:
+    """What to say of a model's file that is not what it was when the run was started; None of one
+    that is, or that is not there.
+
+    Arguments:
+        settings: resolved when the run was started.
+    """
+    digest = model_digest(settings.model)
+    if digest is None or digest == settings.model_digest:
+        return None
+    return (
+        f"the file of model {settings.model} has changed since the run was started (sha256 "
+        f"{digest[:_DIGEST_DIGITS]}, was {str(settings.model_digest)[:_DIGEST_DIGITS]})"
+    )
 
 
 def load_data(
@@ -67,16 +103,21 @@ def load_data(
     )
 
 
-def build_network(settings: TrainConfig, inputs: InputSpec, num_classes: int) -> BlockNetwork:
+def build_network(settings: TrainConfig, inputs: InputSpec, num_classes: int) -> nn.Module:
     """A fresh network as the settings say, on the device that is torch's default."""
+    of_own_networks: dict[str, Any] = {}
+    if not is_foreign(settings.model):
+        of_own_networks = {
+            "dropout": settings.dropout,
+            "width": settings.width,
+            "style": settings.block_style(),
+        }
     return build_model(
         settings.model,
         num_classes=num_classes,
         in_channels=inputs.num_channels,
         image_size=inputs.image_size,
-        dropout=settings.dropout,
-        width=settings.width,
-        style=settings.block_style(),
+        **of_own_networks,
     )
 
 
@@ -96,11 +137,23 @@ def build_learner(
         num_classes: K.
         device: where it trains; the CPU where None.
         compile: whether to compile; not needed for inference alone.
+
+    Raises:
+        UserError: a model that can't be built, or does not fit the images or the classes.
     """
+    network = build_network(settings, inputs, num_classes).to(device)
+    example = None
+    if is_foreign(settings.model):
+        noise = torch.Generator().manual_seed(0)
+        example = torch.rand(3, inputs.num_channels, *inputs.image_size, generator=noise)
+        example = example.to(device)
+        check_logits(settings.model, network, example, num_classes)
     return LocalLearner(
-        build_network(settings, inputs, num_classes).to(device),
+        network,
         settings.build_rule(),
         num_classes=num_classes,
+        blocks=settings.blocks,
+        example_input=example,
         optimizer=settings.optimizer,
         lr=settings.lr,
         weight_decay=settings.weight_decay,
@@ -117,6 +170,8 @@ def build_learner(
 def choose_run_backend(settings: TrainConfig, dataset: Dataset) -> tuple[str, str]:
     """The backend of a run, "auto" made definite, and why: on the CPU compiled where it will pay.
 
+    Whether it will is known of the package's own networks alone.
+
     Arguments:
         settings: resolved.
         dataset: what it trains on; tells how many steps there will be.
@@ -129,6 +184,8 @@ def choose_run_backend(settings: TrainConfig, dataset: Dataset) -> tuple[str, st
     if backend != "compiled":
         missing = missing_for("compiled", settings.device) if settings.device == "cpu" else None
         return backend, f"auto: compiled {missing}" if missing else "auto: the fastest here"
+    if is_foreign(settings.model):
+        return "autograd", "auto: a model of another make"
     if not _has_closed_form(settings):
         return "autograd", "auto: rule and blocks have no closed form"
     with torch.device("meta"):

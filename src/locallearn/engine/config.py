@@ -16,12 +16,15 @@ from locallearn.engine.learner import PRECISIONS
 from locallearn.engine.optimizers import check_schedule, usual_optimizer
 from locallearn.errors import UserError, unknown_name
 from locallearn.kernels import choose_backend, missing_for
-from locallearn.models import BlockStyle, model_spec
+from locallearn.models import BlockStyle, is_foreign, model_spec
+from locallearn.models.sources import absolute_name, model_digest, short_name
 from locallearn.rules import Backprop, Rule, build_rule
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _MAX_THREADS = 1024
 _NAMED = ("dataset", "model", "rule")
+# Of the package's own networks, which alone are built of our blocks.
+_OF_OWN_NETWORKS = ("width", "activation", "norm", "dropout")
 _OF_THE_HEADS = ("group_blocks", "head_after_pool")
 
 # Options of rules that have flags of their own on the command line.
@@ -46,12 +49,17 @@ class TrainConfig:
 
     ``data_dir`` and ``cache`` are text, so that the whole is plain JSON. Meanings and units are
     those of the command line's help.
+
+    ``model_digest`` has no flag: it is the sha256 of the Python file that builds the model, where
+    one does, and so tells whether that file has changed since.
     """
 
     dataset: str = "digits"
     data_dir: str | None = None
     cache: str | None = None
     model: str = "smallconv"
+    model_digest: str | None = None
+    blocks: str = "auto"
     rule: str = "lls"
     basis: str | None = None
     setting: str | None = None
@@ -94,13 +102,23 @@ class TrainConfig:
     def resolve(self) -> TrainConfig:
         """The same settings checked, with every None that has a default filled in.
 
+        Of a model from elsewhere the form of the name alone is checked, so that a run's record can
+        be read where its model is not: see `building.check_model`.
+
         Raises:
             UserError: the first setting that is wrong.
         """
-        model_spec(self.model)
-        dataset_spec(self.dataset)
         rule = self.build_rule()
-        self.block_style()
+        if is_foreign(self.model):
+            self._check_foreign()
+        else:
+            model_spec(self.model)
+            self.block_style()
+        dataset_spec(self.dataset)
+        if not self.blocks.strip():
+            raise UserError(
+                "--blocks is empty; name modules of the model, by commas, or leave it out."
+            )
         if not 0 < self.width < math.inf:
             raise UserError(f"--width must be above 0, got {self.width}.")
         optimizer, lr = usual_optimizer(rule, self.optimizer)
@@ -144,16 +162,31 @@ class TrainConfig:
         return dataclasses.replace(
             self,
             **filled,
-            activation=self.activation or rule.activation,
+            model=absolute_name(self.model) if is_foreign(self.model) else self.model,
+            model_digest=self.model_digest or model_digest(self.model),
+            activation=None if is_foreign(self.model) else self.activation or rule.activation,
             data_dir=self.data_dir and str(Path(self.data_dir).expanduser().absolute()),
             cache=str(Path(self.cache).expanduser().absolute()) if self.cache else None,
             epochs=self.epochs or paper_epochs(self.model, self.dataset),
             optimizer=optimizer,
-            lr=lr if self.lr is None else self.lr,
+            # Of a model of another make the learner chooses it, by what the model is made of.
+            lr=lr if self.lr is None and not is_foreign(self.model) else self.lr,
             augment=self.augment or paper_augmentation(self.model, self.dataset),
             device=device,
             num_threads=self.num_threads or torch.get_num_threads(),
         )
+
+    def _check_foreign(self) -> None:
+        """A model from elsewhere has no setting that is built into our own blocks."""
+        absolute_name(self.model)
+        usual = TrainConfig()
+        for name in _OF_OWN_NETWORKS:
+            if getattr(self, name) != getattr(usual, name):
+                raise UserError(
+                    f"{flag(name)} is of the package's own networks, and model {self.model!r} is "
+                    f"from elsewhere. Leave it out; what the model's own builder takes is written "
+                    f"behind its name: {self.model}:OPTION=VALUE."
+                )
 
     def block_style(self) -> BlockStyle:
         """Of the network's blocks: as given, or as the rule's paper has them."""
@@ -199,7 +232,7 @@ class TrainConfig:
         own = {name: getattr(config, name) for name in portable}
         try:
             resolved = dataclasses.replace(dataclasses.replace(config, **portable).resolve(), **own)
-        except TypeError as error:
+        except (AttributeError, TypeError) as error:
             raise UserError(f"a setting of the run has the wrong type ({error}).") from error
         read = resolved.to_json()
         changed = [name for name, value in settings.items() if value != read[name]]
@@ -213,6 +246,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def setting_name(settings: TrainConfig, name: str) -> str:
+    """What a message calls a setting of a run: its flag, if it has one."""
+    if name == "model_digest":
+        return f"the sha256 of the file of {settings.model}"
+    return flag(name)
+
+
 def data_name(settings: TrainConfig) -> str:
     """The dataset in a word: of `folder` the directory's own name, which alone says what it is."""
     if settings.dataset != "folder" or settings.data_dir is None:
@@ -220,11 +260,16 @@ def data_name(settings: TrainConfig) -> str:
     return Path(settings.data_dir).name or settings.dataset
 
 
+def model_name(settings: TrainConfig) -> str:
+    """The model in a word: of one that a file builds, without the directories."""
+    return short_name(settings.model)
+
+
 def chosen_settings(settings: TrainConfig) -> dict[str, Any]:
     """What is set otherwise than dataset, model and rule alone would have it, by name.
 
     What a default would take from the machine counts as chosen where it is definite (device,
-    backend, threads).
+    backend, threads). The digest of a model's file is the model's own and never is.
 
     Arguments:
         settings: resolved or not.
@@ -232,7 +277,9 @@ def chosen_settings(settings: TrainConfig) -> dict[str, Any]:
     named = {name: getattr(settings, name) for name in _NAMED}
     plain = TrainConfig(**named)
     usual = plain.resolve().to_json()
+    usual |= named
     usual |= {name: getattr(plain, name) for name in ("device", "backend", "num_threads")}
+    usual["model_digest"] = settings.model_digest
     # A learning rate's default is its optimizer's.
     usual["lr"] = usual_optimizer(plain.build_rule(), settings.optimizer)[1]
     given = settings.to_json().items()
@@ -273,9 +320,14 @@ def train_command(settings: TrainConfig) -> str:
 
 
 def paper_epochs(model: str, dataset: str) -> int:
-    """How long the paper trains this network; digits, which are not in it, need less."""
+    """How long the paper trains this network; digits, which are not in it, need less.
+
+    A model from elsewhere is trained as long as the paper's smallest.
+    """
     if dataset == "digits":
         return 40
+    if is_foreign(model):
+        return 100
     if model == "mobilenet-v1":
         return 500
     if model.startswith("vgg") and dataset not in ("mnist", "fashion-mnist"):
@@ -284,10 +336,14 @@ def paper_epochs(model: str, dataset: str) -> int:
 
 
 def paper_augmentation(model: str, dataset: str) -> str:
-    """The recipe that the paper trains this network with; none for digits, which are not in it."""
+    """The recipe that the paper trains this network with; none for digits, which are not in it.
+
+    For a model from elsewhere that of the paper's larger ones.
+    """
     if dataset == "digits":
         return "none"
-    return "basic" if model.startswith("smallconv") else "standard"
+    is_small = model.startswith("smallconv") and not is_foreign(model)
+    return "basic" if is_small else "standard"
 
 
 def choose_device(device: str) -> str:
@@ -315,6 +371,8 @@ def differing_settings(saved: TrainConfig, given: dict[str, Any]) -> list[str]:
     for name, value in given.items():
         if name == "device":
             value = choose_device(value)
+        if name == "model" and is_foreign(value):
+            value = absolute_name(value)
         if name == "backend" and value == "auto":
             continue  # the run's own choice
         if value != ours[name]:

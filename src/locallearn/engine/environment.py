@@ -14,7 +14,16 @@ import torch
 
 from locallearn._version import __version__
 
-_PACKAGES = ("torch", "torchvision", "triton", "schedulefree", "numpy", "scikit-learn", "pillow")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "triton",
+    "schedulefree",
+    "numpy",
+    "scikit-learn",
+    "pillow",
+)
 
 
 def package_versions() -> dict[str, str | None]:

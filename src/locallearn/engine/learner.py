@@ -109,7 +109,8 @@ class LocalLearner(nn.Module):
         optimizer: a name, or a function from a list of parameters to an optimizer. Called once
             for each block and once for what lies in no block. By default the rule's usual one,
             schedulefree-adamw; pepita's is sgd.
-        lr: learning rate; the named optimizer's usual one where None.
+        lr: learning rate; the named optimizer's usual one where None: of schedulefree-adamw 5e-3,
+            the paper's, or 3e-4 for a model without BatchNorm.
         weight_decay: of the named optimizer.
         blocks: which modules are the blocks. "auto": every :class:`locallearn.models.Block` of the
             model, and of any other model the repeated units of its stages (docs/own-model.md). Or
@@ -212,7 +213,7 @@ class LocalLearner(nn.Module):
         self._settings = Settings(
             num_classes=num_classes,
             make_optimizer=optimizer_factory(
-                optimizer, lr=lr, weight_decay=weight_decay, rule=self.rule
+                optimizer, lr=lr, weight_decay=weight_decay, rule=self.rule, model=model
             ),
             group_blocks=group_blocks,
             head_after_pool=head_after_pool,
@@ -223,11 +224,16 @@ class LocalLearner(nn.Module):
         self.heads = nn.ModuleList()
         self.plan: NetworkPlan | None = None
         self._assembly: Assembly | None = None
-        has_blocks = self.rule.requires is not Requirement.END_TO_END or is_checkpointing(self.rule)
         if example_input is not None:
             self.build(example_input)
-        elif not has_blocks or not needs_batch(model, self._blocks):
+        elif not self._needs_plan or not needs_batch(model, self._blocks):
             self._assemble(None)
+        elif self.rule.requires is Requirement.TWO_FORWARDS:
+            raise UserError(
+                f"rule {self.rule.name!r} updates layer by layer, and takes locallearn's own "
+                f"blocks alone (locallearn.models.Block with a method layers()); "
+                f"{type(model).__name__} has others. Use another rule, or such blocks."
+            )
         self.train()
 
     # -- what it is made of ---------------------------------------------------------------------
@@ -300,9 +306,15 @@ class LocalLearner(nn.Module):
                 self._assemble(self._arrange(images))
         return self
 
+    @property
+    def _needs_plan(self) -> bool:
+        """Whether the rule has blocks: all but bp, and bp where it runs them again."""
+        is_end_to_end = self.rule.requires is Requirement.END_TO_END
+        return not is_end_to_end or is_checkpointing(self.rule)
+
     def _assemble(self, images: Inputs) -> None:
         plan = None
-        if self.rule.requires is not Requirement.END_TO_END or is_checkpointing(self.rule):
+        if self._needs_plan:
             plan = plan_blocks(
                 self.model,
                 self._blocks,

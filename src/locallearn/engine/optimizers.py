@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from locallearn.errors import UserError
 from locallearn.kernels import ScheduleFreeState, load_kernels
+from locallearn.models import Block
 from locallearn.registry import Registry
 from locallearn.rules import Pepita, Rule
 
@@ -216,6 +217,10 @@ _OPTIMIZERS.add(
     ),
 )
 
+# At the paper's rate a first step changes what a layer of thousands of inputs yields by more than
+# it was, unless a BatchNorm behind it takes that back (vgg11 without: the loss goes from 1.4 to 98
+# in three steps at 1e-3 already).
+_LR_WITHOUT_BATCH_NORM = 3e-4
 _PEPITA_LR = 0.01  # its paper's, for convolutional networks
 
 SCHEDULES = ("none", "cosine", "multistep", "plateau")
@@ -258,6 +263,7 @@ def optimizer_factory(
     lr: float | None,
     weight_decay: float,
     rule: Rule | None = None,
+    model: nn.Module | None = None,
 ) -> OptimizerFactory:
     """A function from parameters to an optimizer.
 
@@ -267,9 +273,12 @@ def optimizer_factory(
         lr: learning rate; the optimizer's usual one where None.
         weight_decay: as the optimizer defines it.
         rule: needed where no optimizer is named.
+        model: whose norms the usual learning rate goes by.
     """
     if rule is not None and (optimizer is None or isinstance(optimizer, str)):
         optimizer, usual_lr = usual_optimizer(rule, optimizer)
+        if optimizer == "schedulefree-adamw" and model is not None and not _is_normalized(model):
+            usual_lr = _LR_WITHOUT_BATCH_NORM
         lr = usual_lr if lr is None else lr
     assert optimizer is not None
     if not isinstance(optimizer, str):
@@ -283,6 +292,12 @@ def optimizer_factory(
     if not 0 <= weight_decay < math.inf:
         raise UserError(f"weight_decay must be at least 0, got {weight_decay}.")
     return lambda parameters: spec.build(parameters, rate, weight_decay)
+
+
+def _is_normalized(model: nn.Module) -> bool:
+    """Whether a model holds a BatchNorm, or blocks of the package, as the paper's networks do."""
+    kinds = (nn.modules.batchnorm._BatchNorm, Block)
+    return any(isinstance(module, kinds) for module in model.modules())
 
 
 def set_mode(optimizers: Iterable[Optimizer], *, training: bool) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from locallearn.data import DataListener, Dataset, MemoryImages
 from locallearn.engine.building import (
     build_learner,
+    check_model,
     choose_run_backend,
     evaluation_loader,
     load_data,
@@ -172,6 +173,7 @@ class Trainer:
             device=self.device,
             compile=settings.compile,
         )
+        check_model(settings)  # again: its file may have been edited while data was loaded
         if settings.backend == "compiled":
             self._compile_for_a_full_batch(dataset)
         self.schedules = {
@@ -212,12 +214,14 @@ class Trainer:
         """A new run in ``out``, which is made once everything else is known to be right.
 
         Raises:
-            UserError: bad settings or data, or a directory that holds a run already.
+            UserError: bad settings or data, a model that can't be built, or a directory that holds
+                a run already.
             OSError: as the file system says.
         """
         run = RunDirectory(out)
         run.check_free()
         settings = settings.resolve()
+        check_model(settings)
         dataset = load_data(settings, listener=observer)
         backend, reason = choose_run_backend(settings, dataset)
         settings = replace(settings, backend=backend)
@@ -257,13 +261,14 @@ class Trainer:
                 changes nothing but the time it takes.
 
         Raises:
-            UserError: no run directory, other settings (named), other data, or a checkpoint that
-                can't be read.
+            UserError: no run directory, other settings (named), other data, another content of the
+                model's file, or a checkpoint that can't be read.
         """
         run = RunDirectory(directory)
         config = check_same_settings(run, given or {})
         checkpoint = load_checkpoint(run.checkpoint_path) if run.checkpoint_path.exists() else None
         settings = config.settings.resolve()
+        check_model(settings)
         dataset = load_data(
             settings,
             data_dir=(given or {}).get("data_dir"),
@@ -279,7 +284,9 @@ class Trainer:
             )
         trainer = cls(config, replace(dataset, inputs=config.inputs), run, observer)
         then, now = config.environment, describe_environment(settings.device)
-        if then["packages"] != now["packages"] or then["device_name"] != now["device_name"]:
+        # Of those that were recorded then: an earlier version recorded fewer.
+        versions = {name: now["packages"].get(name) for name in then["packages"]}
+        if then["packages"] != versions or then["device_name"] != now["device_name"]:
             observer.on_note(
                 "package versions or device differ from those the run was started with: it goes "
                 "on, but not bit for bit as it would have there"

@@ -13,8 +13,15 @@ from locallearn.models.blocks import (
 )
 from locallearn.models.mobilenet import mobilenet_v1
 from locallearn.models.network import BlockNetwork
-from locallearn.models.registry import ModelSpec, build_model, list_models, model_spec
+from locallearn.models.registry import (
+    ModelSpec,
+    build_block_network,
+    build_model,
+    list_models,
+    model_spec,
+)
 from locallearn.models.smallconv import smallconv, smallconv_l
+from locallearn.models.sources import is_foreign
 from locallearn.models.vgg import vgg8, vgg11
 
 __all__ = [
@@ -29,7 +36,9 @@ __all__ = [
     "Layer",
     "LinearBlock",
     "ModelSpec",
+    "build_block_network",
     "build_model",
+    "is_foreign",
     "list_models",
     "mobilenet_v1",
     "model_spec",

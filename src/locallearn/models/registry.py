@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import nn
+
 from locallearn.errors import UserError
 from locallearn.models.blocks import DEFAULT_STYLE, BlockStyle
 from locallearn.models.network import BlockNetwork
+from locallearn.models.sources import FORMS, build_foreign, is_foreign, list_foreign
 from locallearn.registry import Registry
 
 
@@ -58,13 +61,21 @@ def register_model(
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the registered models that match the glob ``pattern``, sorted."""
-    return _MODELS.names(pattern)
+    """Names of the models that match a glob, sorted: of the package's own networks, or of those of
+    torchvision or timm where it begins with that and a colon (``torchvision:res*``).
+
+    Raises:
+        UserError: models of a source that can't be listed.
+    """
+    return list_foreign(pattern) if ":" in pattern else _MODELS.names(pattern)
 
 
 def model_spec(name: str) -> ModelSpec:
     """What is registered under a name. Raises UserError with the valid names."""
-    return _MODELS.get(name)
+    try:
+        return _MODELS.get(name)
+    except UserError as error:
+        raise UserError(f"{error} From elsewhere: {FORMS}.") from None
 
 
 def build_model(
@@ -76,27 +87,69 @@ def build_model(
     dropout: float = 0.0,
     width: float = 1.0,
     style: BlockStyle = DEFAULT_STYLE,
-) -> BlockNetwork:
+) -> nn.Module:
     """A network by name, freshly initialised from torch's global generator.
 
+    The package's own are :class:`BlockNetwork`s; those from elsewhere are what their builders
+    return. Nothing is downloaded. To build a model of a Python file, the file is run.
+
     Arguments:
-        name: one of :func:`list_models`.
+        name: one of :func:`list_models`; or from elsewhere ``torchvision:NAME``, ``timm:NAME``
+            (needs the extra `timm`) or ``FILE.py:FUNCTION``, each with any options of its builder
+            as ``NAME:OPTION=VALUE:OPTION=VALUE`` (``torchvision:resnet18:stem=cifar``).
         num_classes: K.
         in_channels: channels of the images.
-        image_size: height and width (or both) of the images, pixels. The networks take any size
-            from their smallest up and are built the same for all; giving it has it checked.
+        image_size: height and width (or both) of the images, pixels. The package's networks take
+            any size from their smallest up and are built the same for all; giving it has it
+            checked. Of those from elsewhere, some are built for one size: see
+            `models.sources.from_timm` and its neighbours.
         dropout: probability, between blocks.
         width: every block has so many times the channels (MobileNet's alpha).
         style: normalisation and activation of the blocks.
 
     Raises:
-        UserError: unknown name (lists the valid ones), a number out of range, or images too
-            small for the architecture.
+        UserError: unknown name (lists the valid ones, or the nearest), a number out of range,
+            images too small for the architecture, dropout, width or style for a model from
+            elsewhere, or what its builder says.
     """
+    if not is_foreign(name):
+        return build_block_network(
+            name,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            image_size=image_size,
+            dropout=dropout,
+            width=width,
+            style=style,
+        )
+    _check_counts(num_classes, in_channels)
+    for argument, is_given in (
+        ("dropout", dropout != 0.0),
+        ("width", width != 1.0),
+        ("style", style != DEFAULT_STYLE),
+    ):
+        if is_given:
+            raise UserError(
+                f"{argument} is of the package's own networks; model {name!r} takes the options "
+                f"of its own builder, as NAME:OPTION=VALUE."
+            )
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return build_foreign(name, num_classes=num_classes, in_channels=in_channels, image_size=sides)
+
+
+def build_block_network(
+    name: str,
+    *,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    image_size: int | tuple[int, int] | None = None,
+    dropout: float = 0.0,
+    width: float = 1.0,
+    style: BlockStyle = DEFAULT_STYLE,
+) -> BlockNetwork:
+    """One of the package's own networks, as :func:`build_model`."""
     spec = model_spec(name)
-    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if value < 1:
-            raise UserError(f"{argument} must be at least 1, got {value}.")
+    _check_counts(num_classes, in_channels)
     if not 0.0 <= dropout < 1.0:
         raise UserError(f"dropout must be in [0, 1), got {dropout}.")
     if image_size is not None:
@@ -116,3 +169,9 @@ def build_model(
         width=width,
         style=style,
     )
+
+
+def _check_counts(num_classes: int, in_channels: int) -> None:
+    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if value < 1:
+            raise UserError(f"{argument} must be at least 1, got {value}.")

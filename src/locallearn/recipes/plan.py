@@ -10,7 +10,8 @@ from pathlib import Path
 
 from locallearn.data import dataset_spec
 from locallearn.engine import RunDirectory, TrainConfig
-from locallearn.engine.config import flag
+from locallearn.engine.building import check_model
+from locallearn.engine.config import setting_name
 from locallearn.errors import UserError
 from locallearn.recipes.recipe import Recipe, RecipeTable
 
@@ -163,7 +164,7 @@ class Cell:
             return CellState.MISSING
         ours, theirs = self.settings.resolve().to_json(), run.read_config().settings.to_json()
         differing = [
-            f"{flag(name)} (there: {theirs[name]}, recipe: {ours[name]})"
+            f"{setting_name(self.settings, name)} (there: {theirs[name]}, recipe: {ours[name]})"
             for name in ours
             if name not in _OF_THE_MACHINE and ours[name] != theirs[name]
         ]
@@ -228,8 +229,8 @@ def make_plan(
         seeds: instead of the recipes' own.
 
     Raises:
-        UserError: a setting that does not go with a recipe, by its name; a mapped dataset that
-            is in no recipe.
+        UserError: a setting that does not go with a recipe, or a model that is not there, by the
+            recipe's name; a mapped dataset that is in no recipe.
     """
     used = {recipe.settings.dataset for recipe in table.recipes}
     for name in changes.dataset_map:
@@ -243,7 +244,7 @@ def make_plan(
         for rank, seed in enumerate(recipe.seeds if seeds is None else seeds):
             settings = changes.apply(recipe, seed)
             try:
-                settings.resolve()
+                check_model(settings.resolve())
             except UserError as error:
                 raise UserError(f"recipe {recipe.name}: {error}") from error
             folder = Departure.of(recipe, settings).folder

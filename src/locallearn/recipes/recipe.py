@@ -45,6 +45,7 @@ _NOT_OF_A_RECIPE = frozenset(
         "cuda_graph",
         "data_dir",
         "device",
+        "model_digest",
         "num_threads",
         "seed",
         "test_batch_size",

@@ -116,10 +116,11 @@ def _row(plan: Plan, recipe: Recipe) -> RowResult:
     row = dataclasses.replace(row, peak_activation_mib=read_peak_mib(done[0].path))
     if settings.group_blocks > 1 or settings.head_after_pool:
         return row  # of these, costs are not counted
+    bp_cost = run_cost(configs[0], build_rule("bp"))
     return dataclasses.replace(
         row,
         cost=run_cost(configs[0]),
-        bp_signal_macs=run_cost(configs[0], build_rule("bp")).learning_signal_macs,
+        bp_signal_macs=None if bp_cost is None else bp_cost.learning_signal_macs,
     )
 
 

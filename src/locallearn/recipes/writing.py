@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from locallearn.analysis import Cost, MeanStd
+from locallearn.engine.config import model_name
 from locallearn.engine.files import write_atomically, write_json
 from locallearn.recipes.plan import Plan
 from locallearn.recipes.results import RowResult
@@ -60,7 +61,7 @@ def _number(value: float | None, digits: int = 1) -> str:
 _COLUMNS = (
     _Column("recipe", lambda row: row.recipe.name, is_number=False),
     _Column("dataset", lambda row: row.dataset, is_number=False),
-    _Column("model", lambda row: row.recipe.settings.model, is_number=False),
+    _Column("model", lambda row: model_name(row.recipe.settings), is_number=False),
     _Column("rule", lambda row: row.rule, is_number=False),
     _Column("basis", lambda row: row.basis or _NOTHING, is_number=False),
     _Column("accuracy, %", lambda row: _spread(row.test_acc)),
@@ -166,7 +167,7 @@ def to_csv(rows: Sequence[RowResult]) -> str:
         {
             "recipe": row.recipe.name,
             "dataset": row.dataset,
-            "model": row.recipe.settings.model,
+            "model": model_name(row.recipe.settings),
             "rule": row.rule,
             "basis": row.basis,
             "departures": "; ".join(row.departures),
@@ -250,7 +251,7 @@ def to_record(plan: Plan, rows: Sequence[RowResult]) -> dict[str, Any]:
                 "recipe": row.recipe.name,
                 "departures": list(row.departures),
                 "dataset": row.dataset,
-                "model": row.recipe.settings.model,
+                "model": model_name(row.recipe.settings),
                 "rule": row.rule,
                 "basis": row.basis,
                 "num_planned": row.num_planned,

@@ -46,7 +46,7 @@ class RunCost:
     Arguments:
         learning_signal_macs, total_macs: for each image.
         peak_activation_mib: of a batch.
-        num_params: of the network.
+        num_params: of the network; of one from elsewhere what its finished run says.
         num_additional_params: what the rule trains besides.
         is_of_closed_form: whether the memory is that of the closed form although the run's blocks
             were updated under autograd, which holds more.
@@ -55,7 +55,7 @@ class RunCost:
     learning_signal_macs: int | None
     total_macs: int | None
     peak_activation_mib: float | None
-    num_params: int
+    num_params: int | None
     num_additional_params: int | None
     is_of_closed_form: bool
 
@@ -208,18 +208,18 @@ def _told_apart(named: Iterable[tuple[Path, str]]) -> list[str]:
 
 def _read(directory: Path, name: str, costs: dict[str, RunCost]) -> RecordedRun:
     run = RunDirectory(directory)
-    config = run.read_config()
+    config, summary = run.read_config(), run.read_summary()
     # Runs that differ in what costs nothing are counted once.
     same = replace(config.settings, seed=0, epochs=1, lr=1.0, data_dir=None, cache=None)
-    key = f"{same} {config.inputs} {len(config.class_names)}"
+    key = f"{same} {config.inputs} {len(config.class_names)} {summary is None}"
     if key not in costs:
-        costs[key] = _cost(config)
+        costs[key] = _cost(config, summary or {})
     return RecordedRun(
         path=directory,
         name=name,
         config=config,
         metrics=run.read_metrics(),
-        summary=run.read_summary(),
+        summary=summary,
         cost=costs[key],
         measured_peak_mib=read_peak_mib(directory.resolve()),
         figures=_read_figures(directory / "figures"),
@@ -255,9 +255,18 @@ def _caption(path: Path) -> tuple[str, str]:
     return caption, command
 
 
-def _cost(config: RunConfig) -> RunCost:
+def _cost(config: RunConfig, summary: dict[str, Any]) -> RunCost:
     settings = config.settings
     cost = run_cost(config)
+    if cost is None:
+        return RunCost(
+            None,
+            None,
+            None,
+            summary.get("num_params"),
+            summary.get("num_additional_params"),
+            is_of_closed_form=False,
+        )
     if settings.group_blocks > 1:  # backpropagation goes on within each: not counted
         return RunCost(None, None, None, cost.num_params, None, is_of_closed_form=False)
     rule, style = settings.build_rule(), settings.block_style()

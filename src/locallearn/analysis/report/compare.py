@@ -10,13 +10,14 @@ from typing import Any
 
 from locallearn.analysis.mean_std import MeanStd
 from locallearn.analysis.report.collect import RecordedRun
-from locallearn.engine.config import chosen_settings, data_name
+from locallearn.engine.config import chosen_settings, data_name, model_name
 
 # Stands where there is nothing.
 NONE = "\N{EN DASH}"
 # Where a run's files lie changes nothing that it computes; folder's data is told by its content.
 _PLACES = ("data_dir", "cache")
 _COMMIT_DIGITS = 12
+_DIGEST_DIGITS = 12  # of a sha256
 # What a label never says; and what only where it would be another's.
 _NOT_IN_LABELS = ("seed", *_PLACES)
 _MACHINE = ("device", "backend", "num_threads")
@@ -118,8 +119,8 @@ def _key(run: RecordedRun) -> str:
 
 
 def _tasks(runs: Sequence[RecordedRun]) -> list[str]:
-    """What each learns: data and network; and where others of that name have other classes or test
-    images, what differs. Data that was moved keeps its first name."""
+    """What each learns: data and network; and where others of that name have other models' files,
+    classes or test images, what differs. Data that was moved keeps its first name."""
     data = [
         (run.config.settings.dataset, run.config.class_names, _num_test(run), _test_images(run))
         for run in runs
@@ -128,10 +129,13 @@ def _tasks(runs: Sequence[RecordedRun]) -> list[str]:
     for run, key in zip(runs, data, strict=True):
         first.setdefault(key, data_name(run.config.settings))
     names = [
-        f"{first[key]}, {run.config.settings.model}" for run, key in zip(runs, data, strict=True)
+        f"{first[key]}, {model_name(run.config.settings)}"
+        for run, key in zip(runs, data, strict=True)
     ]
     together = [""] * len(runs)
     for words in (
+        [run.config.settings.model for run in runs],
+        [f"model's file {_digest(run)}" for run in runs],
         [f"{len(run.config.class_names)} classes" for run in runs],
         [f"{_num_test(run):,} test images" for run in runs],
         [f"test data {_test_images(run)}" for run in runs],
@@ -139,6 +143,10 @@ def _tasks(runs: Sequence[RecordedRun]) -> list[str]:
     ):
         names = _told_apart(names, words, together)
     return names
+
+
+def _digest(run: RecordedRun) -> str:
+    return str(run.config.settings.model_digest)[:_DIGEST_DIGITS]
 
 
 def _num_test(run: RecordedRun) -> int:
@@ -256,7 +264,8 @@ def _firsts(groups: Sequence[Group]) -> list[RecordedRun]:
 
 
 def _settings(values: dict[str, Any]) -> dict[str, str]:
-    return {name: _text(value) for name, value in values.items()}
+    texts = {name: _text(value) for name, value in values.items()}
+    return texts | {"model_digest": texts["model_digest"][:_DIGEST_DIGITS]}
 
 
 def _environment(values: dict[str, Any]) -> dict[str, str]:

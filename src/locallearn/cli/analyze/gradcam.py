@@ -19,10 +19,10 @@ from locallearn.cli.analyze.opening import (
     SeedOption,
     class_numbers,
     figure_directory,
-    figure_name,
     open_run,
     write_figure,
 )
+from locallearn.cli.naming import file_name
 from locallearn.cli.options import BatchSizeOption, CacheOption, DataDirOption, DeviceOption
 from locallearn.errors import UserError
 
@@ -129,7 +129,7 @@ def gradcam(
         heading="image" if labels is None else "true class",
     )
     stems = [Path(image).stem for image in images or []]
-    name = figure_name(
+    name = file_name(
         "gradcam",
         layers[0][0],
         None if wanted is None else f"target-{names[wanted]}",
@@ -216,14 +216,11 @@ def _explain(
 
 def _layer(opened: Opened, block: str | None) -> tuple[str, nn.Module]:
     """A convolutional block: the one named, or the last."""
-    from locallearn.engine.blocks import own_blocks
-    from locallearn.models import Block
+    from locallearn.analysis.gradcam import convolutional_blocks
 
-    blocks = {
-        name: module
-        for name, module in own_blocks(opened.learner.model).items()
-        if isinstance(module, Block) and not module.is_linear
-    }
+    blocks = convolutional_blocks(opened.learner, opened.example_input())
+    if not blocks:
+        raise UserError(f"{opened.run} has no convolutional block, of which Grad-CAM is made.")
     name = list(blocks)[-1] if block is None else block
     if name not in blocks:
         raise UserError(

@@ -14,10 +14,10 @@ from locallearn.cli.analyze.opening import (
     OutOption,
     RunArgument,
     figure_directory,
-    figure_name,
     open_run,
     write_figure,
 )
+from locallearn.cli.naming import file_name
 from locallearn.cli.options import BatchSizeOption, CacheOption, DataDirOption, DeviceOption
 from locallearn.errors import UserError
 
@@ -80,7 +80,7 @@ def layers(
         "network_test_acc": curves.test,
     }
     figure = plot_layers(curves, by_block, network, title=opened.title)
-    write_figure(opened, directory, figure_name("layers"), figure, caption, numbers)
+    write_figure(opened, directory, file_name("layers"), figure, caption, numbers)
 
 
 def _caption(

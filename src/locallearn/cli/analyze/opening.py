@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from locallearn.cli.command import running_command
-from locallearn.cli.run_data import load_run_data
+from locallearn.cli.run_data import load_run, load_run_data
 from locallearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,9 +65,9 @@ class Opened:
     @property
     def title(self) -> str:
         """The run in a few words."""
-        from locallearn.engine.config import data_name
+        from locallearn.engine.config import data_name, model_name
 
-        return f"{self.settings.model}, {self.settings.rule}, {data_name(self.settings)}"
+        return f"{model_name(self.settings)}, {self.settings.rule}, {data_name(self.settings)}"
 
     @property
     def num_epochs(self) -> int:
@@ -78,11 +77,22 @@ class Opened:
         assert self.settings.epochs is not None  # the weights' own file is of a finished run
         return self.settings.epochs
 
-    def views(self) -> list[BlockView]:
-        """The blocks, and what a head reads of them."""
+    def views(self, learner: LocalLearner | None = None) -> list[BlockView]:
+        """The blocks, and what a head reads of them.
+
+        Arguments:
+            learner: another one that is built alike; the run's own where None.
+        """
         from locallearn.analysis.latents import block_views
 
-        return block_views(self.learner, head_after_pool=self.settings.head_after_pool)
+        return block_views(learner or self.learner, head_after_pool=self.settings.head_after_pool)
+
+    def example_input(self) -> Tensor:
+        """Two images of nothing, as the network sees them."""
+        import torch
+
+        inputs = self.trained.config.inputs
+        return torch.zeros(2, inputs.num_channels, *inputs.image_size, device=self.device)
 
     def load_data(self, data_dir: str | None, cache: str | None, limit: int | None) -> Dataset:
         """The run's data, with so many test images at most; BatchNorm's statistics fit after it."""
@@ -116,11 +126,11 @@ def open_run(run: str, device: str) -> Opened:
     """Raises UserError where there is no run directory with weights."""
     import torch
 
-    from locallearn.engine import RunDirectory, choose_device, load_trained
+    from locallearn.engine import RunDirectory, choose_device
 
     place = torch.device(choose_device(device))
     RunDirectory(Path(run)).read_config()
-    trained = load_trained(Path(run))
+    trained = load_run(run)
     trained.learner.to(place)
     return Opened(run, trained, place)
 
@@ -133,11 +143,6 @@ def figure_directory(run: str, out: str | None) -> Path:
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--out {directory} is a file; give a directory.")
     return directory
-
-
-def figure_name(*parts: str | None) -> str:
-    """The parts that there are, joined, with nothing in them that a file system minds."""
-    return "-".join(re.sub(r"[^\w.]+", "-", part).strip("-.") for part in parts if part)
 
 
 def write_figure(

@@ -19,10 +19,10 @@ from locallearn.cli.analyze.opening import (
     SeedOption,
     check_every_class,
     figure_directory,
-    figure_name,
     open_run,
     write_figure,
 )
+from locallearn.cli.naming import file_name
 from locallearn.cli.options import BatchSizeOption, CacheOption, DataDirOption, DeviceOption
 from locallearn.errors import UserError, unknown_name
 
@@ -124,7 +124,7 @@ def semantics(
         what=what,
         title=opened.title,
     )
-    name = figure_name(
+    name = file_name(
         "semantics",
         views[place].name,
         "latents" if of == "latents" else None,

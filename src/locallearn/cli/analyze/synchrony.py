@@ -18,10 +18,10 @@ from locallearn.cli.analyze.opening import (
     check_every_class,
     class_numbers,
     figure_directory,
-    figure_name,
     open_run,
     write_figure,
 )
+from locallearn.cli.naming import file_name
 from locallearn.cli.options import BatchSizeOption, CacheOption, DataDirOption, DeviceOption
 from locallearn.errors import UserError, unknown_name
 
@@ -129,7 +129,7 @@ def synchrony(
     if untrained:
         before = compare(_before_training(opened, views, dataset, batch_size, means.kept))
 
-    name = figure_name(
+    name = file_name(
         "synchrony",
         views[place].name,
         None if waves is None else f"{waves.basis}-{waves.setting}",
@@ -219,7 +219,7 @@ def _before_training(
     """Latents of those test images that are ``kept``, in the network as its seed made it."""
     import torch
 
-    from locallearn.analysis.latents import block_views, class_means
+    from locallearn.analysis.latents import class_means
     from locallearn.engine.building import build_learner
 
     settings = opened.settings
@@ -227,7 +227,7 @@ def _before_training(
     learner = build_learner(settings, opened.trained.config.inputs, len(opened.class_names))
     learner.to(opened.device)
     opened.recalibrate(learner, dataset)
-    fresh = block_views(learner, head_after_pool=settings.head_after_pool)
+    fresh = opened.views(learner)
     assert [view.name for view in fresh] == [view.name for view in views]
     loader = opened.test_loader(dataset, batch_size)
     return class_means(learner, fresh, loader.epoch(), among=kept)

@@ -6,9 +6,16 @@ lie, `recognition` which blocks the closed form covers. All of them read a model
 watched by `trace`, and leave it as it is.
 """
 
-from locallearn.engine.blocks.chain import Chain, passing
+from locallearn.engine.blocks.chain import Chain, forwards_through, modules_of
 from locallearn.engine.blocks.choosing import BlockChoice, Blocks, choose, parse_blocks
-from locallearn.engine.blocks.layout import PLAIN, LatentSize, Layout, output_place, replaced
+from locallearn.engine.blocks.layout import (
+    PLAIN,
+    LatentSize,
+    Layout,
+    output_place,
+    read_output,
+    replaced,
+)
 from locallearn.engine.blocks.planning import (
     BlockPlan,
     NetworkPlan,
@@ -25,7 +32,6 @@ from locallearn.engine.blocks.recognition import (
 )
 from locallearn.engine.blocks.standing_in import standing_in
 from locallearn.engine.blocks.trace import Inputs, call_model, few, num_inputs
-from locallearn.engine.blocks.wiring import modules_of
 
 __all__ = [
     "NORMS",
@@ -44,14 +50,15 @@ __all__ = [
     "choose",
     "cut_at_head",
     "few",
+    "forwards_through",
     "modules_of",
     "needs_batch",
     "num_inputs",
     "output_place",
     "own_blocks",
     "parse_blocks",
-    "passing",
     "plan_blocks",
+    "read_output",
     "recognize",
     "replaced",
     "standing_in",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,19 @@ class Chain(nn.Module):
         return output
 
 
-def passing(x: Any) -> Any:
-    """What stands in for the forward of all but a chain's first module, which has run them all."""
+def modules_of(block: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules of the model that a block is: itself, or a chain's."""
+    return tuple(block.members) if isinstance(block, Chain) else (block,)
+
+
+def forwards_through(
+    block: nn.Module, run: Callable[..., Any]
+) -> dict[nn.Module, Callable[..., Any]]:
+    """Module -> forward, where ``run`` stands for a block: of a chain, the first module runs it
+    all, and the others pass on what they get."""
+    first, *others = modules_of(block)
+    return {**dict.fromkeys(others, _pass_on), first: run}
+
+
+def _pass_on(x: Any) -> Any:
     return x

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from locallearn.engine.blocks.chain import Chain
+from locallearn.engine.blocks.chain import Chain, modules_of
 from locallearn.engine.blocks.choosing import Blocks, choose
 from locallearn.engine.blocks.layout import LatentSize, Layout, latent_size_of
 from locallearn.engine.blocks.policy import automatic, reuse_error
 from locallearn.engine.blocks.trace import Call, Inputs, few, trace
-from locallearn.engine.blocks.wiring import Wiring, modules_of, watch
+from locallearn.engine.blocks.wiring import Wiring, watch
 from locallearn.errors import UserError
 from locallearn.models import Block
 

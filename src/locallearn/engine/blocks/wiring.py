@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from locallearn.engine.blocks.chain import Chain, passing
+from locallearn.engine.blocks.chain import forwards_through
 from locallearn.engine.blocks.layout import (
     PLAIN,
     Layout,
@@ -111,7 +111,7 @@ def watch(
 
     Arguments:
         model: any module; stays as it is.
-        members: name -> module, or :class:`Chain` of modules, of each block.
+        members: name -> module, or :class:`~.chain.Chain` of modules, of each block.
         inputs: of the model; a few images will do.
         reads_outputs: whether heads read the outputs, so that it matters how they lie.
 
@@ -136,9 +136,7 @@ class _Watch:
         num_images = num_inputs(inputs)
         forwards: dict[nn.Module, Callable[..., Any]] = {}
         for name, module in self._members.items():
-            first, *others = modules_of(module)
-            forwards |= dict.fromkeys(others, passing)
-            forwards[first] = self._stand_in(name, module, num_images)
+            forwards |= forwards_through(module, self._stand_in(name, module, num_images))
         with evaluating(self._model), standing_in(forwards), foreseeing_failure(inputs):
             output = call_model(self._model, inputs)
         self._wiring.of_logits = self._read(output)
@@ -205,8 +203,3 @@ class _Watch:
             read.parameters.add(self._parameters[id(leaf)])
         elif id(leaf) in self._handed_on:
             read.blocks.add(self._handed_on[id(leaf)][1])
-
-
-def modules_of(block: nn.Module) -> tuple[nn.Module, ...]:
-    """The modules of the model that a block is: itself, or a chain's."""
-    return tuple(block.members) if isinstance(block, Chain) else (block,)

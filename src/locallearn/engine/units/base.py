@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from locallearn.engine.blocks import LatentSize, modules_of, passing
+from locallearn.engine.blocks import LatentSize, forwards_through, modules_of
 from locallearn.kernels import Kernels, load_kernels
 from locallearn.rules import LocalHead
 
@@ -103,15 +103,6 @@ class BlockUnit:
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-
-
-def forwards_through(
-    block: nn.Module, run: Callable[..., Any]
-) -> dict[nn.Module, Callable[..., Any]]:
-    """Module -> forward, where ``run`` stands for a block: of a chain, the first module runs it
-    all, and the others pass on what they get."""
-    first, *others = modules_of(block)
-    return {**dict.fromkeys(others, passing), first: run}
 
 
 def num_correct(logits: Tensor | None, labels: Tensor) -> Tensor | None:

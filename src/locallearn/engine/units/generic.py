@@ -9,12 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from locallearn.engine.blocks import PLAIN, Layout, cut_at_head, output_place, replaced
+from locallearn.engine.blocks import (
+    PLAIN,
+    Layout,
+    cut_at_head,
+    forwards_through,
+    output_place,
+    replaced,
+)
 from locallearn.engine.units.base import (
     BlockUnit,
     UnitResult,
     UnitSignal,
-    forwards_through,
     num_correct,
 )
 from locallearn.errors import UserError
