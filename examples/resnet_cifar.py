@@ -10,6 +10,7 @@ epochs by each rule, about a minute on one CPU core: LLS-S reached 99.4 % here, 
 
 `build_model` is also what the command line asks of a file with a network:
 
+    locallearn blocks examples/resnet_cifar.py:build_model
     locallearn train --model examples/resnet_cifar.py:build_model --dataset cifar10
 """
 
