@@ -31,7 +31,9 @@ def test_every_example_is_run() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SHORT)
 
 
-@pytest.mark.filterwarnings("ignore:.*num_workers:UserWarning")  # Lightning's, of the loaders
+# What Lightning says of loaders without workers, and what torch says of Lightning.
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", sorted(SHORT))
 def test_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
