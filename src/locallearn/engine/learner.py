@@ -34,6 +34,7 @@ from locallearn.engine.blocks import (
     call_model,
     needs_batch,
     num_inputs,
+    own_blocks,
     plan_blocks,
 )
 from locallearn.engine.optimizers import (
@@ -255,8 +256,11 @@ class LocalLearner(nn.Module):
 
     @property
     def can_be_graphed(self) -> bool:
-        """Whether a step launches the same each time, with no number read on the host."""
-        return self._parts.procedure.can_be_graphed
+        """Whether a step launches the same each time, with no number read on the host.
+
+        Known of the package's own networks alone: another's forward may do anything.
+        """
+        return bool(own_blocks(self.model)) and self._parts.procedure.can_be_graphed
 
     @property
     def block_paths(self) -> dict[str, str]:
