@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,14 @@ import typer
 
 from locallearn.cli.main import app
 from locallearn.engine import TrainConfig, list_optimizers
-from locallearn.engine.config import data_name, train_command
+from locallearn.engine.config import (
+    chosen_settings,
+    data_name,
+    differing_settings,
+    model_name,
+    train_command,
+)
+from locallearn.errors import UserError
 from locallearn.models import list_models
 from locallearn.rules import list_rules
 
@@ -45,6 +54,9 @@ OTHERS: list[dict[str, Any]] = [
     {"epochs": 3, "batch_size": 64, "test_batch_size": 32, "weight_decay": 1e-05, "seed": 7},
     {"schedule": "cosine", "optimizer": "sgd", "val_split": 0.1, "precision": "bf16"},
     {"limit_train": 100, "limit_test": 10, "backend": "reference", "num_threads": 3},
+    {"model": "torchvision:resnet18:stem=cifar", "blocks": "layer*.?,type:BasicBlock"},
+    {"model": "timm:vit_tiny_patch16_224:img_size=32", "dataset": "cifar10", "epochs": 5},
+    {"model": "my nets/it's.py:build:depth=3", "rule": "drtp", "epochs": 7},
 ]
 
 
@@ -77,3 +89,74 @@ def test_command_names_what_is_not_the_default_alone() -> None:
 )
 def test_data_in_a_word(dataset: str, data_dir: str | None, name: str) -> None:
     assert data_name(TrainConfig(dataset=dataset, data_dir=data_dir)) == name
+
+
+# -- models from elsewhere ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model's file, in the directory that the program runs in."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "vgg_net.py"
+    path.write_text("raise RuntimeError('no setting is read by running a file')")
+    return path
+
+
+def test_a_files_path_and_content_are_noted(file: Path) -> None:
+    given = TrainConfig(model="vgg_net.py:build:depth=3", dataset="cifar10")
+    resolved = given.resolve()
+    assert resolved.model == f"{file}:build:depth=3"
+    assert resolved.model_digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert model_name(resolved) == model_name(given) == "vgg_net.py:build:depth=3"
+    assert (resolved.epochs, resolved.augment) == (100, "standard")
+    assert resolved.activation is None
+    for settings in (given, resolved):
+        assert chosen_settings(replace(settings, num_threads=None, device="auto")) == {}
+        assert "digest" not in train_command(settings)
+    assert TrainConfig(model="smallconv").resolve().model_digest is None
+    assert TrainConfig(model="smallconv.py:build", dataset="mnist").resolve().augment == "standard"
+
+
+def test_a_record_is_read_where_the_file_is_not(file: Path) -> None:
+    resolved = TrainConfig(model="vgg_net.py:build", device="cpu").resolve()
+    file.write_text("another")
+    assert TrainConfig.from_json(resolved.to_json()) == resolved
+    file.unlink()
+    assert TrainConfig.from_json(resolved.to_json()) == resolved
+    assert chosen_settings(replace(resolved, num_threads=None, device="auto")) == {}
+
+
+def test_a_record_of_an_earlier_version_is_read() -> None:
+    resolved = TrainConfig(device="cpu").resolve()
+    old = resolved.to_json()
+    del old["blocks"], old["model_digest"]
+    assert TrainConfig.from_json(old) == resolved
+    with pytest.raises(UserError, match="a setting of the run has the wrong type"):
+        TrainConfig.from_json({**old, "blocks": 5})
+
+
+def test_a_repeated_model_may_be_named_from_elsewhere(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved = TrainConfig(model="vgg_net.py:build").resolve()
+    assert differing_settings(resolved, {"model": "vgg_net.py:build"}) == []
+    monkeypatch.chdir("/")
+    (differing,) = differing_settings(resolved, {"model": "vgg_net.py:build"})
+    assert differing == f"--model (run: {file}:build, given: /vgg_net.py:build)"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"width": 0.5}, r"--width is of the package's own networks, and model 'timm:vit' is fr"),
+        ({"activation": "relu"}, r"--activation is of .* written behind its name: timm:vit:OPTION"),
+        ({"norm": "none"}, r"--norm is of the package's own networks"),
+        ({"dropout": 0.1}, r"--dropout is of the package's own networks"),
+        ({"model": "tim:vit"}, r"unknown source of model 'tim:vit': 'tim'. Did you mean 'timm'"),
+        ({"blocks": " "}, r"--blocks is empty"),
+    ],
+)
+def test_settings_that_a_model_from_elsewhere_has_not(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**{"model": "timm:vit", **given}).resolve()

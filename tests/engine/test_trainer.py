@@ -689,3 +689,19 @@ def test_what_is_no_run_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoint.pt").unlink()
     with pytest.raises(UserError, match=r"has no weights yet: .* --resume"):
         load_trained(tmp_path / "run")
+
+
+def test_packages_that_an_earlier_version_did_not_record_are_no_difference(tmp_path: Path) -> None:
+    run(tmp_path / "run", epochs=1)
+    record = RunDirectory(tmp_path / "run")
+    for path in (record.summary_path, record.checkpoint_path):
+        path.unlink()
+    config = json.loads(record.config_path.read_text())
+    del config["environment"]["packages"]["timm"]
+    recorder = Recorder()
+    for version, num_notes in ((config["environment"]["packages"]["torch"], 0), ("1.0", 1)):
+        config["environment"]["packages"]["torch"] = version
+        record.config_path.write_text(json.dumps(config))
+        recorder.notes.clear()
+        Trainer.resume(record.path, recorder)
+        assert sum("package versions" in note for note in recorder.notes) == num_notes

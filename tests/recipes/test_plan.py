@@ -157,3 +157,39 @@ def test_what_does_not_matter_names_settings() -> None:
     from locallearn.recipes.plan import _OF_THE_MACHINE
 
     assert {field.name for field in dataclasses.fields(TrainConfig)} >= _OF_THE_MACHINE
+
+
+NET = """
+[defaults]
+dataset = "digits"
+rule = "lls"
+epochs = 4
+seeds = [0]
+[[recipe]]
+name = "own"
+model = "net.py:build"
+[[recipe]]
+name = "theirs"
+model = "torchvision:resnet18:stem=cifar"
+blocks = "layer*.?"
+"""
+
+
+def test_models_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_run: Callable
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.toml").write_text(NET)
+    table = read_table("net.toml")
+    with pytest.raises(UserError, match=r"recipe own: there is no file \S*/net.py"):
+        make_plan(table, Changes(), tmp_path)
+    Path("net.py").write_text("raise RuntimeError('not run to plan')")
+    own, theirs = make_plan(table, Changes(), tmp_path).cells
+    assert theirs.settings.blocks == "layer*.?"
+    for cell in (own, theirs):
+        put_run(cell, 50.0)
+        assert cell.state() is CellState.DONE
+    Path("net.py").write_text("edited")
+    with pytest.raises(UserError, match=r"other settings: the sha256 of the file of net.py:build"):
+        own.state()
+    assert theirs.state() is CellState.DONE

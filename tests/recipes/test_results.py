@@ -23,6 +23,7 @@ from locallearn.recipes import (
     RecipeTable,
     collect,
     make_plan,
+    read_table,
     remarks,
     write_table,
 )
@@ -203,3 +204,22 @@ def test_memory_of_a_device_that_is_not_there(plan: Plan) -> None:
     elsewhere = dataclasses.replace(config.settings, device="mps")
     with pytest.raises(UserError, match=r"mps|MPS"):
         measure_peak(plan.cells[0].path, dataclasses.replace(config, settings=elsewhere))
+
+
+def test_costs_of_a_model_from_elsewhere_are_not_counted(tmp_path: Path, put_run: Callable) -> None:
+    (tmp_path / "net.py").write_text("raise RuntimeError('not run to be shown')")
+    (tmp_path / "net.toml").write_text(
+        "[[recipe]]\n"
+        f'name = "own"\nmodel = "{tmp_path}/net.py:build:depth=3"\n'
+        'dataset = "digits"\nrule = "lls"\nepochs = 4\nseeds = [0]\n'
+    )
+    plan = make_plan(read_table(str(tmp_path / "net.toml")), Changes(), tmp_path)
+    put_run(plan.cells[0], 50.0)
+    (row,) = rows = collect(plan)
+    assert row.cost is row.bp_signal_macs is None
+    assert "| own | digits | net.py:build:depth=3 | lls | square | 50.00 |" in to_markdown(
+        plan, rows
+    )
+    (line,) = csv.DictReader(io.StringIO(to_csv(rows)))
+    assert (line["test_acc_mean"], line["total_macs"]) == ("50.0", "")
+    assert "net.py:build:depth=3 & lls" in to_latex(plan, rows)

@@ -38,7 +38,7 @@ Column = tuple[float | None, ...]
 # Columns of metrics.csv that every run has.
 _NEEDED = ("epoch", "train_acc", "test_acc", "images_per_second")
 # Whose accuracies are the network's, and no block's.
-_NETWORK = ("train", "test", "val")
+NETWORK_COLUMNS = ("train", "test", "val")
 
 # A zip archive ends with a directory that starts so: a truncated checkpoint has none.
 _ZIP_END, _ZIP_END_REACH = b"PK\5\6", 4096
@@ -121,7 +121,7 @@ class Metrics:
     def blocks(self) -> tuple[str, ...]:
         """Names of the blocks with an accuracy of their own, in the network's order."""
         names = [name.removesuffix("_acc") for name in self.columns if name.endswith("_acc")]
-        return tuple(name for name in names if name not in _NETWORK)
+        return tuple(name for name in names if name not in NETWORK_COLUMNS)
 
 
 class RunDirectory:

@@ -33,6 +33,7 @@ from locallearn.engine.graphs import GraphedStep, can_be_graphed
 from locallearn.engine.learner import LocalLearner, StepResult
 from locallearn.engine.optimizers import build_schedule, optimizer_spec
 from locallearn.engine.run import (
+    NETWORK_COLUMNS,
     Row,
     RunConfig,
     RunDirectory,
@@ -174,6 +175,12 @@ class Trainer:
             compile=settings.compile,
         )
         check_model(settings)  # again: its file may have been edited while data was loaded
+        for name in self.learner.loss_names:
+            if name in NETWORK_COLUMNS:
+                raise UserError(
+                    f"block {name!r} has a name that metrics.csv has for the whole network. Rename "
+                    f"the module, or choose other blocks."
+                )
         if settings.backend == "compiled":
             self._compile_for_a_full_batch(dataset)
         self.schedules = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -57,9 +58,13 @@ def save_weights(path: Path, learner: LocalLearner, config: RunConfig) -> None:
     """The model's and the heads' tensors, and the config as metadata, atomically."""
     tensors = {f"model.{name}": t for name, t in learner.model.state_dict().items()}
     tensors |= {f"heads.{name}": t for name, t in learner.heads.state_dict().items()}
-    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    # Copies, for weights that are tied share memory, which the format does not know.
+    copies = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in tensors.items()
+    }
     metadata = {_METADATA_KEY: json.dumps(config.to_json())}
-    write_atomically(path, save(contiguous, metadata=metadata))
+    write_atomically(path, save(copies, metadata=metadata))
 
 
 def load_trained(path: Path) -> Trained:

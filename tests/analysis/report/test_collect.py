@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from locallearn.analysis import step_cost
-from locallearn.analysis.report import RecordedRun, collect_runs
+from locallearn.analysis.report import RecordedRun, collect_runs, render_report
+from locallearn.analysis.report.collect import RunCost
 from locallearn.errors import UserError
 from locallearn.models import build_model
 from locallearn.rules import build_rule
@@ -196,3 +197,16 @@ def test_figures(make_run) -> None:
     assert (spectra.caption, spectra.command) == ("Spectra", "do it")
     (folder / "odd.json").write_text('{"caption": 7}')
     assert only(path).figures[1].caption == "odd.svg"
+
+
+def test_a_model_from_elsewhere_is_not_counted(make_run, tmp_path: Path) -> None:
+    """Nor looked for: neither its file nor its package need be there."""
+    for name in ("timm:no_such_model", f"{tmp_path}/gone/net.py:build:depth=3"):
+        path = make_run(name.rpartition("/")[2].replace(":", "-"), model=name)
+        run = only(path)
+        assert run.cost == RunCost(None, None, None, None, None, is_of_closed_form=False)
+        summary = {"test_acc": 70.0, "num_params": 12, "num_additional_params": 3}
+        (path / "summary.json").write_text(json.dumps(summary))
+        assert (only(path).cost.num_params, only(path).cost.num_additional_params) == (12, 3)
+        page = render_report([only(path)], None)
+        assert "12</td>" in page

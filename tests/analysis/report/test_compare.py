@@ -200,3 +200,25 @@ def test_environment_that_differs(make_run) -> None:
     assert [name for name, row in rows.items() if row.differs] == ["torch"]
     assert rows["torch"].values == ("2.15.0, 2.16.0", "2.15.0")
     assert rows["git commit"].values[0] == "0123456789ab+changes"
+
+
+def test_models_files_of_one_name_are_told_apart(make_run, tmp_path: Path) -> None:
+    """By their directories, or where those are the same by their content."""
+    first, second = tmp_path / "one" / "net.py", tmp_path / "two" / "net.py"
+    for number, file in enumerate((first, second)):
+        file.parent.mkdir()
+        file.write_text(f"NUMBER = {number}")
+    runs = [make_run("a", model=f"{first}:build")]
+    (group,) = groups_of(*runs)
+    assert group.task == "digits, net.py:build"
+    runs.append(make_run("b", model=f"{second}:build"))
+    assert [group.task for group in groups_of(*runs)] == [
+        f"digits, net.py:build, {file}:build" for file in (first, second)
+    ]
+    first.write_text("NUMBER = 3")
+    edited = make_run("c", model=f"{first}:build")
+    before, after = groups_of(runs[0], edited)
+    assert re.fullmatch(r"digits, net.py:build, model's file \w{12}", before.task)
+    assert before.task != after.task
+    digest = next(each for each in settings_of([before, after]) if each.name == "model_digest")
+    assert [len(value) for value in digest.values] == [12, 12]
