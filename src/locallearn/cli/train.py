@@ -86,7 +86,12 @@ def train(
         str, _option("Of the blocks: batch, or none. Default: batch.", _MODEL)
     ] = "batch",
     rule: Annotated[
-        str, _option("Learning rule; `locallearn list rules`. Default: lls.", _RULE)
+        str,
+        _option(
+            "Learning rule; `locallearn list rules`. An option that has no flag here is given as "
+            "NAME:OPTION=VALUE. Default: lls.",
+            _RULE,
+        ),
     ] = "lls",
     basis: Annotated[
         str | None, _option("cosine, square or random. Default: square.", _RULE)
@@ -272,7 +277,8 @@ def _is_from_command_line(ctx: typer.Context, name: str) -> bool:
 
 def _free_path(config: Any) -> Path:
     """runs/TIME-DATASET-MODEL-RULE, numbered where that is taken."""
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}-{config.rule}"
+    rule = config.rule.partition(":")[0]
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}-{rule}"
     path = Path("runs") / stem
     number = 2
     while path.exists():
