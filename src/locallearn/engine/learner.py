@@ -48,6 +48,7 @@ from locallearn.engine.procedures import (
     TwoForwards,
     build_backpropagation,
 )
+from locallearn.engine.processes import check_one_process
 from locallearn.engine.units import BlockUnit, build_unit
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend, missing_for
@@ -133,7 +134,7 @@ class LocalLearner(nn.Module):
 
     Raises:
         UserError: a model without blocks, overlapping or unknown blocks, an unknown rule,
-            optimizer or precision.
+            optimizer or precision, one of several processes.
 
     The model is used in place. ``parameters()`` are the model's and the rule's together.
     """
@@ -159,6 +160,7 @@ class LocalLearner(nn.Module):
         recalibration_batches: int = 8,
     ) -> None:
         super().__init__()
+        check_one_process()
         if precision not in PRECISIONS:
             raise UserError(f"unknown precision {precision!r}. Valid: {', '.join(PRECISIONS)}.")
         own = getattr(model, "num_classes", None)
