@@ -17,6 +17,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from locallearn import LocalLearner, UserError, build_model, build_rule
+from locallearn.analysis import step_cost
 from locallearn.rules import parse_rule, unregister_rule
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +92,16 @@ def test_rules_learn_digits(rule: str, one_thread: None) -> None:
         assert loss < first.block_losses[name], name
     right = learner(images[1000:1300]).argmax(dim=1) == labels[1000:1300]
     assert right.float().mean() > 0.7
+
+
+@pytest.mark.usefixtures("my_rules")
+def test_a_rule_of_the_whole_output_is_counted() -> None:
+    """Forward, back to h, and the gradient of M: K multiplications each for a value of h."""
+    model, rule = build_model("smallconv"), build_rule("mono-forward")
+    cost = step_cost(model, rule, image_shape=(3, 32, 32), batch_size=8)
+    num_values = 32 * 1024 + 64 * 256 + 128 * 64 + 512
+    assert cost.learning_signal_macs == 2 * 10 * num_values
+    assert cost.total_macs == 2 * cost.forward_macs + 3 * 10 * num_values
 
 
 @pytest.mark.usefixtures("my_rules")

@@ -83,7 +83,9 @@ class LocalLightningModule(LightningModule):
             ``lambda optimizer: CosineAnnealingLR(optimizer, T_max=10)``. A ReduceLROnPlateau
             watches val_loss.
         schedule_interval: "epoch" or "step", after which the schedule goes on.
-        settings: the learner's other arguments; its precision is the Trainer's.
+        settings: the learner's other arguments; its precision is the Trainer's. A model that is
+            not of this package needs its ``example_input``, since Lightning asks for the
+            optimizers before there is a batch.
 
     Raises:
         UserError: settings given with a learner that has its own.
