@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint format clean
+.PHONY: run test lint format docs docs-serve clean
 
 # A stamp per set of extras, so that `make run` installs no test tools and a changed
 # pyproject.toml is installed anew.
@@ -17,6 +17,14 @@ $(VENV)/.dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $(VENV)/.run $@
+
+$(VENV)/.docs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@
+
+# Material's reminder, at each build, that its support ends.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
 
 run: $(VENV)/.run
 	$(BIN)/locallearn train
@@ -32,6 +40,13 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+	@echo "written to build/site: open build/site/index.html"
+
+docs-serve: $(VENV)/.docs
+	$(BIN)/mkdocs serve
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
