@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import lightning
 import torch
-from locallearn.integrations import LocalLightningModule
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from locallearn.integrations import LocalLightningModule
 
 
 def block(in_channels: int, out_channels: int) -> nn.Module:

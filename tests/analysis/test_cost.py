@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from locallearn import LocalLearner, build_model, build_rule, list_models
 from locallearn.analysis import step_cost
 from locallearn.engine.measuring import peak_memory_bytes
+from locallearn.rules import HeadSpec, LatentHead, LatentRule
 
 IMAGE = (3, 32, 32)
 
@@ -76,6 +80,41 @@ def test_the_other_rules_by_hand(name, options, signal, more, additional) -> Non
     assert cost.total_macs == 2 * FORWARD + signal + more
     assert cost.num_additional_params == additional
     assert (cost.peak_activation_bytes is None) == (name != "lls-s")
+
+
+class Squares(LatentHead):
+    """mean_n |p_n W - p_n|^2 / T: one product forward; back, one for p and one for W."""
+
+    def __init__(self, length: int, scale: float | None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(length, length, bias=False)
+        self.scale = scale
+
+    def loss(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, None]:
+        scale = latents.max().item() if self.scale is None else self.scale
+        return scale * (self.layer(latents) - latents).square().mean(), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquaresRule(LatentRule):
+    name = "squares"
+    summary, trains = "a latent that a layer leaves as it is", "T x T numbers for each block"
+
+    scale: float | None = 1.0
+
+    def build_head(self, spec: HeadSpec) -> Squares:
+        return Squares(spec.latent_length, self.scale)
+
+
+@pytest.mark.parametrize("scale", [1.0, None], ids=["", "reads a number"])
+def test_a_rule_from_elsewhere_is_counted_by_running_its_head(scale: float | None) -> None:
+    rule = SquaresRule(scale=scale)
+    cost = step_cost(build_model("smallconv"), rule, image_shape=IMAGE, batch_size=8)
+    squares = sum(length**2 for length in LATENTS)
+    assert cost.learning_signal_macs == 2 * squares
+    assert cost.total_macs == 2 * FORWARD + 3 * squares
+    assert cost.num_additional_params == squares
+    assert cost.peak_activation_bytes is not None
 
 
 def test_inside_a_depthwise_separable_block_backpropagation_goes_on() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import typer
 
+from locallearn import UserError
 from locallearn.cli.main import app
 from locallearn.engine import TrainConfig, list_optimizers
 from locallearn.engine.config import (
@@ -20,9 +22,8 @@ from locallearn.engine.config import (
     model_name,
     train_command,
 )
-from locallearn.errors import UserError
 from locallearn.models import list_models
-from locallearn.rules import list_rules
+from locallearn.rules import build_rule, list_rules
 
 
 def parse(command: str) -> dict[str, Any]:
@@ -48,6 +49,7 @@ OTHERS: list[dict[str, Any]] = [
     {"rule": "local-losses", "local_loss": "predsim", "label_smoothing": 0.1},
     {"rule": "lls-mxm-reduced", "num_waves": 5, "basis": "cosine"},
     {"rule": "lls-mxm", "m_start": "identity"},
+    {"rule": "lls:normalize=false:temperature=0.3", "basis": "random"},
     {"rule": "lls-s", "similarity": 0.0, "setting": "paper", "temperature": 0.7},
     {"rule": "drtp", "activation": "relu", "norm": "none", "width": 0.5, "group_blocks": 2},
     {"model": "vgg8", "dataset": "mnist", "epochs": 100, "augment": "basic", "dropout": 0.25},
@@ -66,6 +68,19 @@ def test_command_gives_the_settings_again(given: dict[str, Any], monkeypatch) ->
     resolved = TrainConfig(**{"device": "cpu", "num_threads": 1, **given}).resolve()
     resolved = replace(resolved, backend=given.get("backend", "autograd"))  # as a run chose
     assert TrainConfig(**parse(train_command(resolved))).resolve() == resolved
+
+
+def test_an_option_with_the_rule_s_name_is_the_flag_s() -> None:
+    settings = TrainConfig(rule="lls:similarity=2", temperature=0.3).resolve()
+    assert (settings.similarity, settings.temperature) == (2.0, 0.3)
+    assert TrainConfig.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert settings.build_rule() == build_rule("lls", similarity=2.0, temperature=0.3)
+
+
+def test_an_option_is_given_once() -> None:
+    message = "--similarity is 3.0, but --rule lls:similarity=2 says 2.0; give it once"
+    with pytest.raises(UserError, match=message):
+        TrainConfig(rule="lls:similarity=2", similarity=3.0).resolve()
 
 
 def test_command_names_what_is_not_the_default_alone() -> None:

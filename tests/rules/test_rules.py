@@ -270,8 +270,36 @@ def test_a_new_rule_takes_twenty_lines_and_learns(cls) -> None:
 
 
 def test_a_name_is_registered_once() -> None:
-    with pytest.raises(ValueError, match="rule 'lls' is registered already"):
-        register_rule(rule_class("lls"))
+    taken = type("Waves", (rule_class("lls"),), {})
+    message = r"rule 'lls' is registered already, as locallearn.rules.lls.LLS; give .*Waves another"
+    with pytest.raises(UserError, match=message):
+        register_rule(taken)
+
+
+def test_a_rule_defined_anew_takes_its_own_place() -> None:
+    """As when a cell of a notebook is run again."""
+    again = dataclass(frozen=True, kw_only=True)(
+        type("Anchors", (Anchors,), {"__module__": __name__, "__qualname__": "Anchors"})
+    )
+    try:
+        register_rule(Anchors)
+        assert register_rule(again) is rule_class("anchors")
+    finally:
+        unregister_rule("anchors")
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"name": "margin:k"}, r"rule name 'margin:k' of .*Odd may hold letters, digits, '_', '.'"),
+        ({"name": None}, r"rule class .*Odd needs the class attribute 'name', a str"),
+        ({"name": "odd", "trains": None}, r"needs the class attribute 'trains', a str"),
+        ({"name": "odd", "learns_from": []}, r"attribute 'learns_from', a frozenset"),
+    ],
+)
+def test_a_rule_says_what_every_rule_says(said: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        register_rule(type("Odd", (Margin,), said))
 
 
 def test_a_rule_with_options_as_text() -> None:
@@ -280,7 +308,13 @@ def test_a_rule_with_options_as_text() -> None:
     assert parse_rule("lls-mxm:m-start=identity:similarity=2.5") == expected
     assert parse_rule("bp:bp_memory=accumulate:4") == build_rule("bp", bp_memory="accumulate:4")
     assert parse_rule("lls-mxm-reduced:num_waves=7").num_waves == 7
+    assert parse_rule("lls:normalize=false") == build_rule("lls", normalize=False)
+    assert parse_rule("lls:normalize=none:basis=random").normalize is None
     with pytest.raises(UserError, match="option 'similarity' of rule 'lls' is float, got 'much'"):
         parse_rule("lls:similarity=much")
     with pytest.raises(UserError, match="rule 'lls' has no option 'local_loss'"):
         parse_rule("lls:local_loss=sim")
+    with pytest.raises(UserError, match="option 'normalize' of rule 'lls' is bool, got '1'"):
+        parse_rule("lls:normalize=1")
+    with pytest.raises(UserError, match="option 'basis' of rule 'lls' is given twice"):
+        parse_rule("lls:basis=cosine:basis=square")

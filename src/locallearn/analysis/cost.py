@@ -11,7 +11,9 @@ each block (project, project back), K more for LLS-M, 2 R K more for LLS-MxM (de
 then T R), and with the similarity term 2 T N (an image with each of the batch, and back). For DFA
 it is K n for each block, n the values of its output; for DRTP, which looks a row up, nothing; for
 PEPITA the second forward, and K for each value of the input; for sim a convolution forward and
-back. The paper prints such figures without a formula.
+back. Of a rule from elsewhere it is what its loss and the gradient of that multiply: its head is
+run without numbers, on the meta device (on the CPU if it reads some), and matrix products and
+convolutions are counted. The paper prints such figures without a formula.
 
 **Memory** is what a step allocates beyond parameters, optimizer state and the batch of images, at
 its highest moment: a sum over the tensors that live at once, followed through the step. A local
@@ -22,11 +24,13 @@ tensors, and then gradients as those go. Both as PyTorch computes them on the CP
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from locallearn.engine import RunConfig
 from locallearn.engine.building import build_network
@@ -40,11 +44,13 @@ from locallearn.models import (
     is_foreign,
 )
 from locallearn.rules import (
+    DRTP,
     Backprop,
     BasisHead,
     ErrorRule,
     HeadSpec,
     LatentHead,
+    LocalHead,
     LocalRule,
     MatrixModulatedHead,
     Pepita,
@@ -225,6 +231,32 @@ class _HeadMacs:
     is_matched: bool = False  # whether similarities are
 
 
+def _run_macs(head: LocalHead, block: BlockShapes, batch_size: int) -> int:
+    """What a head multiplies for an image, in forward and backward, counted while it runs."""
+    if isinstance(head, LatentHead):
+        shape: tuple[int, ...] = (batch_size, block.latent_length)
+    elif block.is_linear:
+        shape = (batch_size, block.out_channels)
+    else:
+        num_positions = block.stages[-1].z // block.out_channels
+        height = math.isqrt(num_positions)  # of square images, as far as that goes
+        while num_positions % height:
+            height -= 1
+        shape = (batch_size, block.out_channels, height, num_positions // height)
+
+    def run(device: str) -> int:
+        features = torch.zeros(shape, device=device)
+        labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        with FlopCounterMode(display=False) as counter:
+            copy.deepcopy(head).to(device).signal(features, labels)
+        return int(counter.get_total_flops()) // (2 * batch_size)
+
+    try:
+        return run("meta")
+    except RuntimeError:  # a head that reads numbers, as one does that indexes by a mask
+        return run("cpu")
+
+
 def _head_macs(rule: LocalRule, block: BlockShapes, num_classes: int, batch_size: int) -> _HeadMacs:
     t, k = block.latent_length, num_classes
     head = rule.build_head(block.head_spec(num_classes))
@@ -236,8 +268,13 @@ def _head_macs(rule: LocalRule, block: BlockShapes, num_classes: int, batch_size
         if head.classifier is not None:
             signal, gradient = signal + 2 * t * k, gradient + t * k
         return _HeadMacs(signal, gradient, num_params, is_latent=False)
+    if isinstance(rule, DRTP):
+        return _HeadMacs(0, 0, num_params, is_latent=False)
     if not isinstance(head, ProjectionHead):
-        return _HeadMacs(0, 0, num_params, is_latent=isinstance(head, LatentHead))
+        total = _run_macs(head, block, batch_size)
+        signal = _run_macs(head.requires_grad_(False), block, batch_size)
+        is_latent = isinstance(head, LatentHead)
+        return _HeadMacs(signal, total - signal, num_params, is_latent=is_latent)
     matched = 2 * t * batch_size if head.similarity else 0
     if isinstance(head, MatrixModulatedHead):
         rows = head.modulation.shape[0]

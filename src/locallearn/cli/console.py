@@ -203,7 +203,7 @@ def start_lines(config: RunConfig, learner: LocalLearner, path: Path) -> list[st
         f"{data['num_test']:,} test images, {len(config.class_names)} classes, "
         f"{config.inputs.num_channels}x{height}x{width}, augmentation: {data['augmentation']}",
         f"model    {s.model}: {num_params:,} parameters{additional}",
-        f"rule     {s.rule}{basis}{_chosen(config)}",
+        f"rule     {s.build_rule().name}{basis}{_chosen(config)}",
         f"training {s.epochs} epochs, batch {s.batch_size}, {s.optimizer}, lr {rate:g}, "
         f"{s.precision} on {s.device} ({config.environment['device_name']})",
         f"update   {_update(config, learner)}",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -86,16 +89,28 @@ def _count(package: str) -> str:
 
 
 def _rules(pattern: str) -> Table:
-    from locallearn.rules import Information, list_rules, rule_class
+    from locallearn.rules import Information, list_rules, rule_class, rule_package
 
-    table = _table("rules", "name", "what it is", "trains besides the network", "learns from")
-    for name in list_rules(pattern):
+    with warnings.catch_warnings(record=True) as caught:
+        names = list_rules(pattern)
+    for warning in caught:
+        print(f"Warning: {warning.message}", file=sys.stderr)
+    origins = {
+        name: f"{package} {importlib.metadata.version(package)}"
+        for name in names
+        if (package := rule_package(name))
+    }
+    headings = ["name", "what it is", "trains besides the network", "learns from"]
+    table = _table("rules", *headings, *(["from"] if origins else []))
+    for name in names:
         rule = rule_class(name)
         # In the order of the declaration, from the nearest to the farthest.
         reached = [information for information in Information if information in rule.learns_from]
-        table.add_row(name, rule.summary, rule.trains, ", ".join(reached))
+        origin = [origins.get(name, "locallearn")] if origins else []
+        table.add_row(name, rule.summary, rule.trains, ", ".join(reached), *origin)
     table.caption = (
         "learns from: what reaches a block's update, as the tests measure it by perturbation"
+        + ("; of rules from elsewhere, as they say themselves" if origins else "")
     )
     return table
 

@@ -102,7 +102,12 @@ def train(
         str, _option("Of the blocks: batch, or none. Default: batch.", _MODEL)
     ] = "batch",
     rule: Annotated[
-        str, _option("Learning rule; `locallearn list rules`. Default: lls.", _RULE)
+        str,
+        _option(
+            "Learning rule; `locallearn list rules`. An option that has no flag here is given as "
+            "NAME:OPTION=VALUE. Default: lls.",
+            _RULE,
+        ),
     ] = "lls",
     basis: Annotated[
         str | None, _option("cosine, square or random. Default: square.", _RULE)
@@ -293,7 +298,8 @@ def _free_path(config: Any) -> Path:
     from locallearn.engine.config import model_name
 
     model = file_name(model_name(config))[:_MAX_MODEL_LENGTH]
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{model}-{config.rule}"
+    rule = config.rule.partition(":")[0]
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{model}-{rule}"
     path = Path("runs") / stem
     number = 2
     while path.exists():

@@ -19,6 +19,7 @@ from locallearn.data import (
     load_dataset,
 )
 from locallearn.data.dataset import free_memory_bytes
+from locallearn.engine.blocks import plan_blocks, recognize
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
 from locallearn.errors import UserError
@@ -144,9 +145,7 @@ def build_learner(
     network = build_network(settings, inputs, num_classes).to(device)
     example = None
     if is_foreign(settings.model):
-        noise = torch.Generator().manual_seed(0)
-        example = torch.rand(3, inputs.num_channels, *inputs.image_size, generator=noise)
-        example = example.to(device)
+        example = _example_input(inputs).to(device)
         check_logits(settings.model, network, example, num_classes)
     return LocalLearner(
         network,
@@ -170,8 +169,6 @@ def build_learner(
 def choose_run_backend(settings: TrainConfig, dataset: Dataset) -> tuple[str, str]:
     """The backend of a run, "auto" made definite, and why: on the CPU compiled where it will pay.
 
-    Whether it will is known of the package's own networks alone.
-
     Arguments:
         settings: resolved.
         dataset: what it trains on; tells how many steps there will be.
@@ -184,28 +181,59 @@ def choose_run_backend(settings: TrainConfig, dataset: Dataset) -> tuple[str, st
     if backend != "compiled":
         missing = missing_for("compiled", settings.device) if settings.device == "cpu" else None
         return backend, f"auto: compiled {missing}" if missing else "auto: the fastest here"
-    if is_foreign(settings.model):
-        return "autograd", "auto: a model of another make"
-    if not _has_closed_form(settings):
+    num_blocks, num_values = 0, 0
+    if _is_latent(settings):
+        count = _count_recognized if is_foreign(settings.model) else _count_own
+        num_blocks, num_values = count(settings, dataset)
+    if num_blocks == 0:
         return "autograd", "auto: rule and blocks have no closed form"
-    with torch.device("meta"):
-        model = build_network(settings, dataset.inputs, dataset.num_classes)
-        image = torch.empty(1, dataset.inputs.num_channels, *dataset.inputs.image_size)
-        num_blocks, num_values = count_normalized(model, image)
     total = num_values * len(dataset.train) * settings.epochs
     if total > COMPILE_AFTER * num_blocks:
         return "compiled", "auto: the run is long enough for compiling to pay"
     return "autograd", "auto: the run is too short for compiling to pay"
 
 
-def _has_closed_form(settings: TrainConfig) -> bool:
-    """Whether the rule's heads and the network's blocks, as set, have one (`engine.units`)."""
+def _is_latent(settings: TrainConfig) -> bool:
+    """Whether the rule's heads read pooled latents, of one block each."""
     rule = settings.build_rule()
     if not isinstance(rule, LocalRule) or settings.group_blocks > 1:
         return False
-    is_latent = isinstance(rule.build_head(HeadSpec(4, 2, num_channels=4)), LatentHead)
+    return isinstance(rule.build_head(HeadSpec(4, 2, num_channels=4)), LatentHead)
+
+
+def _count_own(settings: TrainConfig, dataset: Dataset) -> tuple[int, int]:
+    """How many blocks of the package's network have a closed form, and values of z an image."""
     style = settings.block_style()
-    return is_latent and style.norm == "batch" and style.activation != "tanh"
+    if style.norm != "batch" or style.activation == "tanh":
+        return 0, 0
+    with torch.device("meta"):
+        model = build_network(settings, dataset.inputs, dataset.num_classes)
+        image = torch.empty(1, dataset.inputs.num_channels, *dataset.inputs.image_size)
+        return count_normalized(model, image)
+
+
+def _count_recognized(settings: TrainConfig, dataset: Dataset) -> tuple[int, int]:
+    """The same of another model, whose blocks have to be found first."""
+    with torch.random.fork_rng(devices=[]):  # the run's own weights are drawn later
+        model = build_network(settings, dataset.inputs, dataset.num_classes)
+    plan = plan_blocks(
+        model,
+        settings.blocks,
+        inputs=_example_input(dataset.inputs),
+        num_classes=dataset.num_classes,
+    )
+    sizes = [
+        block.view_shape[1:].numel()
+        for block in plan.blocks
+        if block.view_shape and not block.reads_loose and recognize(block.module)
+    ]
+    return len(sizes), sum(sizes)
+
+
+def _example_input(inputs: InputSpec) -> Tensor:
+    """A few images of noise, as the network will see them, on the CPU."""
+    noise = torch.Generator().manual_seed(0)
+    return torch.rand(3, inputs.num_channels, *inputs.image_size, generator=noise)
 
 
 def count_normalized(model: nn.Module, example_input: Tensor) -> tuple[int, int]:

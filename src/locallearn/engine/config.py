@@ -18,7 +18,7 @@ from locallearn.errors import UserError, unknown_name
 from locallearn.kernels import choose_backend, missing_for
 from locallearn.models import BlockStyle, is_foreign, model_spec
 from locallearn.models.sources import absolute_name, model_digest, short_name
-from locallearn.rules import Backprop, Rule, build_rule
+from locallearn.rules import Backprop, Rule, build_rule, split_rule
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _MAX_THREADS = 1024
@@ -27,7 +27,8 @@ _NAMED = ("dataset", "model", "rule")
 _OF_OWN_NETWORKS = ("width", "activation", "norm", "dropout")
 _OF_THE_HEADS = ("group_blocks", "head_after_pool")
 
-# Options of rules that have flags of their own on the command line.
+# Options of rules that have flags of their own on the command line; others are given with the
+# rule's name (`rules.parse_rule`).
 _RULE_OPTIONS = (
     "basis",
     "setting",
@@ -195,8 +196,15 @@ class TrainConfig:
 
     def build_rule(self) -> Rule:
         """The rule with those of its options that are given."""
-        given = {name: getattr(self, name) for name in _RULE_OPTIONS}
-        return build_rule(self.rule, **{k: v for k, v in given.items() if v is not None})
+        name, options = split_rule(self.rule)
+        for option in _RULE_OPTIONS:
+            value = getattr(self, option)
+            if value is not None and options.setdefault(option, value) != value:
+                raise UserError(
+                    f"{flag(option)} is {value}, but --rule {self.rule} says {options[option]}; "
+                    f"give it once."
+                )
+        return build_rule(name, **options)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -287,7 +295,10 @@ def chosen_settings(settings: TrainConfig) -> dict[str, Any]:
 
 
 def rule_options(settings: TrainConfig) -> dict[str, Any]:
-    """Options of the rule, and of what its heads read, that are not the defaults; no basis."""
+    """Options of the rule, and of what its heads read, that are not the defaults; no basis.
+
+    With `settings.build_rule().name` they say the whole rule.
+    """
     rule = settings.build_rule()
     usual = build_rule(rule.name).options() | {"group_blocks": 1, "head_after_pool": False}
     ours = rule.options() | {name: getattr(settings, name) for name in _OF_THE_HEADS}

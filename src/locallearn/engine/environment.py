@@ -26,10 +26,10 @@ _PACKAGES = (
 )
 
 
-def package_versions() -> dict[str, str | None]:
-    """Package -> installed version, or None."""
+def package_versions(*more: str) -> dict[str, str | None]:
+    """Package -> installed version, or None: of those that always count, and of ``more``."""
     versions: dict[str, str | None] = {}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *more):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -74,13 +74,13 @@ def git_commit() -> str | None:
         return None
 
 
-def describe_environment(device: str) -> dict[str, Any]:
-    """Versions, device, commit and time, as plain values."""
+def describe_environment(device: str, *packages: str) -> dict[str, Any]:
+    """Versions (of ``packages`` too), device, commit and time, as plain values."""
     return {
         "locallearn": __version__,
         "git_commit": git_commit(),
         "python": platform.python_version(),
-        "packages": package_versions(),
+        "packages": package_versions(*packages),
         "platform": platform.platform(),
         "device": device,
         "device_name": device_name(device),

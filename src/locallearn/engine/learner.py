@@ -44,6 +44,7 @@ from locallearn.engine.optimizers import (
     set_mode,
 )
 from locallearn.engine.procedures import LocalUpdates, logits_of
+from locallearn.engine.processes import check_one_process
 from locallearn.engine.units import BlockUnit, UnitSignal
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend, missing_for
@@ -145,7 +146,7 @@ class LocalLearner(nn.Module):
 
     Raises:
         UserError: a model without blocks, overlapping or unknown blocks, an unknown rule,
-            optimizer or precision.
+            optimizer or precision, one of several processes.
 
     The model is used in place. ``parameters()`` are the model's and the rule's together.
     """
@@ -172,6 +173,7 @@ class LocalLearner(nn.Module):
         recalibration_batches: int = 8,
     ) -> None:
         super().__init__()
+        check_one_process()
         if precision not in PRECISIONS:
             raise UserError(f"unknown precision {precision!r}. Valid: {', '.join(PRECISIONS)}.")
         own = getattr(model, "num_classes", None)

@@ -43,6 +43,7 @@ from locallearn.engine.run import (
 from locallearn.engine.weights import save_weights
 from locallearn.errors import UserError
 from locallearn.kernels import Crops
+from locallearn.rules import rule_package
 
 # Steps between looks at the losses for NaN and infinity where looking makes the host wait for
 # the device. On the CPU every step is looked at.
@@ -246,7 +247,7 @@ class Trainer:
                 "notes": list(dataset.notes),
                 "backend_reason": reason,
             },
-            environment=describe_environment(settings.device),
+            environment=_environment(settings),
         )
         trainer = cls(config, dataset, run, observer)
         run.create(config)
@@ -290,7 +291,7 @@ class Trainer:
                 f"Restore it, or start a new run with --out."
             )
         trainer = cls(config, replace(dataset, inputs=config.inputs), run, observer)
-        then, now = config.environment, describe_environment(settings.device)
+        then, now = config.environment, _environment(settings)
         # Of those that were recorded then: an earlier version recorded fewer.
         versions = {name: now["packages"].get(name) for name in then["packages"]}
         if then["packages"] != versions or then["device_name"] != now["device_name"]:
@@ -586,6 +587,12 @@ def check_same_settings(run: RunDirectory, given: dict[str, Any]) -> RunConfig:
             f"Leave them out to resume it, or start a new run with --out."
         )
     return config
+
+
+def _environment(settings: TrainConfig) -> dict[str, Any]:
+    """Of a run, the package that its rule comes from included."""
+    package = rule_package(settings.build_rule().name)
+    return describe_environment(settings.device, *([package] if package else []))
 
 
 def _tensorboard_tag(column: str) -> str:

@@ -101,12 +101,13 @@ def _row(plan: Plan, recipe: Recipe) -> RowResult:
     _check_same_data(done, configs)
     settings = recipe.settings
     place = plan.changes.dataset_map.get(settings.dataset)
-    basis = settings.build_rule().options().get("basis")
+    rule = settings.build_rule()
+    basis = rule.options().get("basis")
     row = RowResult(
         recipe=recipe,
         departures=plan.departures(recipe),
         dataset=settings.dataset + (f" ({place.dataset})" if place else ""),
-        rule=":".join([settings.rule, *(f"{k}={v}" for k, v in rule_options(settings).items())]),
+        rule=":".join([rule.name, *(f"{k}={v}" for k, v in rule_options(settings).items())]),
         basis=None if basis is None else str(basis),
         num_planned=len(cells),
         runs=tuple(_run(*pair) for pair in zip(done, configs, strict=True)),

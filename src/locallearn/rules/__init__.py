@@ -16,11 +16,7 @@ from locallearn.rules.base import (
     Requirement,
     Rule,
     accumulate_grad,
-    build_rule,
-    list_rules,
-    parse_rule,
     register_rule,
-    rule_class,
     unregister_rule,
 )
 from locallearn.rules.bases import BASES, SETTINGS, build_basis
@@ -37,6 +33,14 @@ from locallearn.rules.lls import (
     VectorModulatedHead,
 )
 from locallearn.rules.local_losses import LOCAL_LOSSES, LocalLosses, SimilarityHead
+from locallearn.rules.lookup import (
+    build_rule,
+    list_rules,
+    parse_rule,
+    rule_class,
+    rule_package,
+    split_rule,
+)
 from locallearn.rules.pepita import UPDATE_ORDERS, Modulator, Pepita
 
 __all__ = [
@@ -83,5 +87,7 @@ __all__ = [
     "parse_rule",
     "register_rule",
     "rule_class",
+    "rule_package",
+    "split_rule",
     "unregister_rule",
 ]

@@ -19,7 +19,6 @@ import dataclasses
 import enum
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -302,73 +301,65 @@ class ProjectionRule(LatentRule):
         if not 0.0 <= self.similarity < math.inf:
             raise UserError(f"similarity must be at least 0, got {self.similarity}.")
 
+    def head_settings(self) -> dict[str, Any]:
+        """The keyword arguments of :class:`ProjectionHead` that the settings give."""
+        return {
+            "temperature": self.temperature,
+            "label_smoothing": self.label_smoothing,
+            "similarity": self.similarity,
+        }
 
-_RULES: Registry[type[Rule]] = Registry("rule")
+
+RULES: Registry[type[Rule]] = Registry("rule")
+
+_SAID_BY_EVERY_RULE: dict[str, type] = {
+    "name": str,
+    "summary": str,
+    "trains": str,
+    "requires": Requirement,
+    "learns_from": frozenset,
+}
 
 R = TypeVar("R", bound=type[Rule])
 
 
 def register_rule(cls: R) -> R:
-    """Class decorator: make the rule known by its ``name``."""
-    _RULES.add(cls.name, cls)
+    """Class decorator: make the rule known by its ``name``.
+
+    A class of the same module and name takes the place of the one before, so that a notebook's
+    cell can be run again.
+
+    Raises:
+        UserError: a name that is another rule's, or that a command line could not hold; or a class
+            that does not say what every rule says.
+    """
+    for attribute, kind in _SAID_BY_EVERY_RULE.items():
+        if not isinstance(getattr(cls, attribute, None), kind):
+            raise UserError(
+                f"rule class {_full_name(cls)} needs the class attribute {attribute!r}, "
+                f"a {kind.__name__}."
+            )
+    if not re.fullmatch(r"[\w.-]+", cls.name):
+        raise UserError(
+            f"rule name {cls.name!r} of {_full_name(cls)} may hold letters, digits, '_', '.' and "
+            f"'-' alone."
+        )
+    if cls.name in RULES:
+        other = RULES.get(cls.name)
+        if _full_name(other) != _full_name(cls):
+            raise UserError(
+                f"rule {cls.name!r} is registered already, as {_full_name(other)}; give "
+                f"{_full_name(cls)} another name."
+            )
+        RULES.remove(cls.name)
+    RULES.add(cls.name, cls)
     return cls
 
 
 def unregister_rule(name: str) -> None:
     """Forget a rule (tests, plug-ins that reload)."""
-    _RULES.remove(name)
+    RULES.remove(name)
 
 
-def list_rules(pattern: str = "*") -> list[str]:
-    """Names of the registered rules that match the glob ``pattern``, sorted."""
-    return _RULES.names(pattern)
-
-
-def rule_class(name: str) -> type[Rule]:
-    """The class behind a name. Raises UserError with the valid names and the nearest one."""
-    return _RULES.get(name)
-
-
-def build_rule(name: str, **options: Any) -> Rule:
-    """A rule by name.
-
-    Arguments:
-        name: one of :func:`list_rules`.
-        options: the rule's own settings, e.g. ``basis="square", setting="official"``; what is
-            left out takes the rule's default.
-
-    Raises:
-        UserError: unknown name (lists the valid ones), an option the rule does not have (lists
-            those it has), or a value out of range.
-    """
-    cls = rule_class(name)
-    known = [field.name for field in dataclasses.fields(cls)]
-    for option in options:
-        if option not in known:
-            raise UserError(f"rule {name!r} has no option {option!r}; it has: {', '.join(known)}.")
-    factory: Callable[..., Rule] = cls
-    return factory(**options)
-
-
-def parse_rule(text: str) -> Rule:
-    """A rule as a name, or a name with options: ``NAME:OPTION=VALUE:OPTION=VALUE``.
-
-    For example ``local-losses:local_loss=predsim`` or ``bp:bp_memory=accumulate:4``.
-
-    Raises:
-        UserError: as :func:`build_rule`, or a value of another type than the option's.
-    """
-    name, *parts = re.split(r":(?=[\w-]+=)", text.strip())
-    usual = build_rule(name).options()
-    options: dict[str, Any] = {}
-    for part in parts:
-        option, _, value = part.partition("=")
-        option = option.replace("-", "_")
-        kind = type(usual.get(option, ""))
-        try:
-            options[option] = kind(value) if kind in (int, float) else value
-        except ValueError:
-            raise UserError(
-                f"option {option!r} of rule {name!r} is {kind.__name__}, got {value!r}."
-            ) from None
-    return build_rule(name, **options)
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

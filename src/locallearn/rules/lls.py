@@ -109,12 +109,9 @@ class BasisRule(ProjectionRule):
     def head_settings(self) -> dict[str, Any]:
         """The keyword arguments that every head of this family takes."""
         is_periodic = self.basis != "random"
-        return {
+        return super().head_settings() | {
             "is_periodic": is_periodic,
             "normalize": is_periodic if self.normalize is None else self.normalize,
-            "temperature": self.temperature,
-            "label_smoothing": self.label_smoothing,
-            "similarity": self.similarity,
         }
 
 

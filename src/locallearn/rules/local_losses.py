@@ -128,7 +128,5 @@ class LocalLosses(ProjectionRule):
         weight = build_basis(
             "random", "official", spec.num_classes, spec.latent_length, dtype=spec.dtype
         )
-        settings = {"temperature": self.temperature, "label_smoothing": self.label_smoothing}
-        if self.local_loss == "predsim":
-            return SimilarityHead(spec, ClassifierHead(weight, **settings))
-        return ClassifierHead(weight, similarity=self.similarity, **settings)
+        classifier = ClassifierHead(weight, **self.head_settings())
+        return SimilarityHead(spec, classifier) if self.local_loss == "predsim" else classifier
