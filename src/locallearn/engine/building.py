@@ -143,9 +143,8 @@ def build_learner(
         UserError: a model that can't be built, or does not fit the images or the classes.
     """
     network = build_network(settings, inputs, num_classes).to(device)
-    example = None
+    example = torch.zeros(2, inputs.num_channels, *inputs.image_size, device=device)
     if is_foreign(settings.model):
-        example = torch.zeros(2, inputs.num_channels, *inputs.image_size, device=device)
         check_logits(settings.model, network, example, num_classes)
     return LocalLearner(
         network,
