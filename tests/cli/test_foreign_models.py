@@ -190,6 +190,18 @@ def test_bad_input_is_one_line(
     assert sorted(path.name for path in made.iterdir()) == before
 
 
+def test_chosen_blocks_of_one_of_our_own_networks(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    run = str(tmp_path / "run")
+    blocks = ["--norm", "none", "--blocks", "conv1.conv,conv2"]
+    assert main(["train", *blocks, *SMALL, "--quiet", "--out", run]) == 0
+    assert main(["evaluate", run]) == 0
+    assert main(["analyze", "layers", run]) == 0
+    assert re.search(r"^conv1.conv .*\nconv2 .*\nnetwork ", capsys.readouterr().out, re.M)
+
+
 def test_a_block_may_not_be_called_as_the_whole_network_is(error_line: ErrorLine) -> None:
     Path("odd.py").write_text(FILE.replace("self.first", "self.test"))
     arguments = ["train", "--model", "odd.py:Net", "--blocks", "test,second"]

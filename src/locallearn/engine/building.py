@@ -143,9 +143,9 @@ def build_learner(
         UserError: a model that can't be built, or does not fit the images or the classes.
     """
     network = build_network(settings, inputs, num_classes).to(device)
-    example = None
+    example = _example_input(inputs).to(device)
     if is_foreign(settings.model):
-        example = _example_input(inputs).to(device)
+        check_logits(settings.model, network, example, num_classes)
         check_logits(settings.model, network, example, num_classes)
     return LocalLearner(
         network,

@@ -70,6 +70,8 @@ def save_weights(path: Path, learner: LocalLearner, config: RunConfig) -> None:
 def load_trained(path: Path) -> Trained:
     """From a run directory (its final weights, else its checkpoint), or from one such file.
 
+    The model is built anew for them: where a Python file builds it, that file is run.
+
     Raises:
         UserError: nothing there, or nothing that locallearn wrote.
     """

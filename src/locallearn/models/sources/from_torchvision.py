@@ -101,12 +101,9 @@ def _use_cifar_stem(name: ForeignName, model: nn.Module) -> None:
 
 def _take_channels(model: nn.Module, in_channels: int) -> None:
     path, conv = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    replacement = nn.Conv2d(
-        in_channels,
-        conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]
-        stride=conv.stride,  # type: ignore[arg-type]
-        padding=conv.padding,  # type: ignore[arg-type]
-        bias=conv.bias is not None,
-    )
+    geometry: dict[str, Any] = {
+        name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation")
+    }
+    has_bias = conv.bias is not None
+    replacement = nn.Conv2d(in_channels, conv.out_channels, bias=has_bias, **geometry)
     model.set_submodule(path, replacement)
