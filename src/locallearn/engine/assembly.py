@@ -118,6 +118,7 @@ def assemble(
     output_layer = OutputLayer(
         rest,
         rest_optimizers.get(""),
+        num_classes=settings.num_classes,
         label_smoothing=rule.label_smoothing,
         is_behind_blocks=bool(units),
         is_shared=bool(units) and plan is not None and bool(plan.shared),

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
@@ -146,7 +147,8 @@ class LocalLearner(nn.Module):
 
     Raises:
         UserError: a model without blocks, overlapping or unknown blocks, an unknown rule,
-            optimizer or precision, one of several processes.
+            optimizer or precision, lazy modules without weights yet,
+            DataParallel on several devices, one of several processes.
 
     The model is used in place. ``parameters()`` are the model's and the rule's together.
     """
@@ -182,13 +184,14 @@ class LocalLearner(nn.Module):
             raise UserError("num_classes is not given and the model has no such attribute.")
         if own is not None and num_classes != own:
             raise UserError(f"num_classes is {num_classes}, but the model has {own} classes.")
+        check_takes_model(model)
         self.model = model
         self.rule = build_rule(rule) if isinstance(rule, str) else rule
         self.num_classes = num_classes
         self.precision = precision
         self.channels_last = channels_last
         if channels_last:
-            model.to(memory_format=torch.channels_last)
+            _to_channels_last(model)
         self._device = next(model.parameters(), torch.empty(0)).device
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         # Of several, the one that fewest backends take.
@@ -613,10 +616,33 @@ class _Calling(nn.Module):
         return call_model(self.model, inputs)
 
 
+def _to_channels_last(model: nn.Module) -> None:
+    """4-d weights and buffers alone: ``model.to(memory_format=...)`` refuses 5-d ones."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
 def _in_channels_last(images: Tensor) -> Tensor:
     if images.ndim != 4:
         return images
     return images.contiguous(memory_format=torch.channels_last)
+
+
+def check_takes_model(model: nn.Module) -> None:
+    """Raise a UserError for lazy modules that have no weights yet, and for copies on devices."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise UserError(
+                f"{name!r} has no shape yet, as its module is a lazy one: run a batch through the "
+                f"model, model(images), before you give it to a learner."
+            )
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise UserError(
+                f"nn.DataParallel runs copies of the model on {len(module.device_ids)} devices, "
+                f"where a block's updates would be lost; give the model itself (its `.module`)."
+            )
 
 
 def is_checkpointing(rule: Rule) -> bool:

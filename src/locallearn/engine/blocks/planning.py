@@ -12,7 +12,7 @@ from locallearn.engine.blocks.chain import Chain, modules_of
 from locallearn.engine.blocks.choosing import Blocks, choose
 from locallearn.engine.blocks.layout import LatentSize, Layout, latent_size_of
 from locallearn.engine.blocks.policy import automatic, reuse_error
-from locallearn.engine.blocks.trace import Call, Inputs, few, trace
+from locallearn.engine.blocks.trace import Call, Inputs, not_of_the_batch, trace_few
 from locallearn.engine.blocks.wiring import Wiring, watch
 from locallearn.errors import UserError
 from locallearn.models import Block
@@ -118,8 +118,7 @@ def plan_blocks(
             f"the blocks of {type(model).__name__} are not locallearn's own; give an "
             f"example_input, from which the shapes of their outputs are read."
         )
-    inputs = few(inputs)
-    calls = trace(model, inputs)
+    inputs, calls = trace_few(model, inputs)
     if blocks != "auto":
         chosen = choose(model, blocks)
         for name in chosen:
@@ -129,7 +128,8 @@ def plan_blocks(
             raise error
         return _plan(model, chosen, wiring)
     members: dict[str, nn.Module] = {}
-    for candidate in automatic(model, calls, allow_reuse=allow_reuse):
+    unfit = not_of_the_batch(model, inputs, calls)
+    for candidate in automatic(model, calls, unfit=unfit, allow_reuse=allow_reuse):
         modules = [calls[name].module for name in candidate]
         members[candidate[0]] = modules[0] if len(modules) == 1 else Chain(modules)
     members, wiring = _with_sound_chains(model, members, inputs, calls[""])
@@ -148,6 +148,11 @@ def _check_call(name: str, calls: dict[str, Call], allow_reuse: bool) -> None:
         raise UserError(
             f"block {name!r} is not called in the model's forward (what it holds may be, one by "
             f"one, or under another name); name modules that are."
+        )
+    if not calls[name].has_grad:
+        raise UserError(
+            f"block {name!r} runs under torch.no_grad() in the model's forward, and so can't "
+            f"learn; take that out of the forward, or name other blocks."
         )
     if calls[name].num_calls > 1 and not allow_reuse:
         raise reuse_error(calls[name])

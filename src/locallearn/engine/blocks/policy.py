@@ -19,7 +19,7 @@ embeddings) learns with the block that reads it (`planning`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from torch import nn
 
@@ -38,21 +38,39 @@ _FEW_LAYERS = 4  # a module that occurs once, and holds so many, is a block and 
 
 
 def automatic(
-    model: nn.Module, calls: dict[str, Call], *, allow_reuse: bool = False
+    model: nn.Module,
+    calls: dict[str, Call],
+    *,
+    unfit: Set[str] = frozenset(),
+    allow_reuse: bool = False,
 ) -> list[tuple[str, ...]]:
     """The blocks of a model by the policy above, in the order of the forward; the output layer
     is still among them. Each is the names of its modules: one, or a chain.
 
+    Arguments:
+        model: any module.
+        calls: a trace of it.
+        unfit: names of modules that can't be blocks, since their outputs don't have an entry for
+            each image.
+        allow_reuse: whether a block may run more than once in a forward.
+
     Raises:
         UserError: a block to be runs more than once in a forward and may not.
     """
-    return _Reader(model, calls, allow_reuse).read()
+    return _Reader(model, calls, unfit, allow_reuse).read()
 
 
 class _Reader:
-    def __init__(self, model: nn.Module, calls: dict[str, Call], allow_reuse: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        calls: dict[str, Call],
+        unfit: Set[str],
+        allow_reuse: bool,
+    ) -> None:
         self._model = model
         self._calls = calls
+        self._unfit = unfit
         self._allow_reuse = allow_reuse
         self._num_layers = {module: _count_layers(module) for module in model.modules()}
         self._units = self._unit_classes()
@@ -86,7 +104,9 @@ class _Reader:
             yield from self._visit(name, child)
 
     def _is_block(self, module: nn.Module, call: Call) -> bool:
-        if not is_trained(module) or not _has_features(call):
+        if not is_trained(module) or not call.has_grad:
+            return False
+        if not _has_features(call) or call.name in self._unfit:
             return False
         is_block = self._is_unit(module)
         if is_block and call.num_calls > 1 and not self._allow_reuse:
@@ -136,13 +156,15 @@ class _Reader:
             if not joins:
                 chains.append(chain)
                 chain = []
-            if name not in blocks and (joins or is_trained(call.module)) and call.num_calls == 1:
+            is_taught = call.has_grad and (joins or is_trained(call.module))
+            if name not in blocks and is_taught and call.num_calls == 1:
                 chain.append(name)
         chains.append(chain)
         found = []
         for names in chains:
             kept = self._trimmed(names)
-            if kept and self._learns_alone(kept, order, blocks):
+            is_fit = not any(name in self._unfit for name in kept)
+            if kept and is_fit and self._learns_alone(kept, order, blocks):
                 found.append(tuple(kept))
         return found
 

@@ -41,13 +41,13 @@ def num_inputs(inputs: Inputs) -> int:
     return len(tensors[0])
 
 
-def few(inputs: Inputs) -> Inputs:
+def few(inputs: Inputs, most: int = _MAX_TRACED) -> Inputs:
     """The first of the batch: as many as a trace needs."""
     num = num_inputs(inputs)
 
     def shorten(tensor: Tensor) -> Tensor:
         is_batch = tensor.ndim > 0 and len(tensor) == num
-        return tensor[:_MAX_TRACED] if is_batch else tensor
+        return tensor[:most] if is_batch else tensor
 
     return tree_map_only(Tensor, shorten, inputs)
 
@@ -94,7 +94,11 @@ class Seen:
 
     @classmethod
     def of(cls, value: Any) -> list[Seen]:
-        return [cls(tensor, tensor._version) for tensor in tensors_of(value)]
+        return [
+            # What inference_mode makes has no version.
+            cls(tensor, 0 if tensor.is_inference() else tensor._version)
+            for tensor in tensors_of(value)
+        ]
 
     def is_same(self, other: Seen) -> bool:
         return self.tensor is other.tensor and self.version == other.version
@@ -111,6 +115,7 @@ class Call:
         outputs: its tensors, when it ended.
         is_leaf: whether no other module ran inside.
         num_calls: in one forward.
+        has_grad: whether it ran with gradients, and not under torch.no_grad or inference_mode.
     """
 
     name: str
@@ -120,6 +125,7 @@ class Call:
     outputs: list[Seen] = field(default_factory=list)
     is_leaf: bool = True
     num_calls: int = 1
+    has_grad: bool = True
 
 
 def trace(model: nn.Module, inputs: Inputs) -> dict[str, Call]:
@@ -128,8 +134,14 @@ def trace(model: nn.Module, inputs: Inputs) -> dict[str, Call]:
     A module that the model holds under several names goes by the first.
 
     Raises:
-        UserError: the forward fails on these inputs.
+        UserError: the forward fails on these inputs, or a module is a compiled script.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(
+                f"module {name!r} is made by torch.jit, and can be neither watched nor trained "
+                f"block by block; give the module from before it was scripted or traced."
+            )
     calls: dict[str, Call] = {}
     running: list[str] = []
 
@@ -141,7 +153,13 @@ def trace(model: nn.Module, inputs: Inputs) -> dict[str, Call]:
             if name in calls:
                 calls[name].num_calls += 1
             else:
-                calls[name] = Call(name, module, len(calls), Seen.of((args, kwargs)))
+                calls[name] = Call(
+                    name,
+                    module,
+                    len(calls),
+                    Seen.of((args, kwargs)),
+                    has_grad=torch.is_grad_enabled(),
+                )
 
         return hook
 
@@ -163,3 +181,53 @@ def trace(model: nn.Module, inputs: Inputs) -> dict[str, Call]:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def trace_few(model: nn.Module, inputs: Inputs) -> tuple[Inputs, dict[str, Call]]:
+    """A trace of the first few of the batch, and these.
+
+    Of the whole batch where the model doesn't run on a few, as one that classifies the nodes of a
+    graph does not on some of them.
+
+    Raises:
+        UserError: the forward fails on the whole batch too.
+    """
+    first = few(inputs)
+    try:
+        return first, trace(model, first)
+    except UserError:
+        if num_inputs(first) == num_inputs(inputs):
+            raise
+    return inputs, trace(model, inputs)
+
+
+def not_of_the_batch(model: nn.Module, inputs: Inputs, calls: dict[str, Call]) -> set[str]:
+    """Names of the modules none of whose outputs is larger for more images, or is so by chance:
+    of weights that another network makes, or of an expert that only some tokens are sent to.
+
+    Arguments:
+        model: any module.
+        inputs: what was traced.
+        calls: that trace.
+    """
+    num = num_inputs(inputs)
+    if num == 1:
+        return set()
+    try:
+        fewer = trace(model, few(inputs, num - 1))
+    except UserError:
+        return set()  # it takes this many and no other
+    return {
+        name
+        for name, call in calls.items()
+        if name in fewer and not _grows(call.outputs, fewer[name].outputs, num)
+    }
+
+
+def _grows(outputs: list[Seen], of_fewer: list[Seen], num: int) -> bool:
+    """Whether a dimension of an output is in proportion to the images: ``num``, and one fewer."""
+    return any(
+        large == small * num // (num - 1) and small % (num - 1) == 0 and small > 0
+        for output, fewer in zip(outputs, of_fewer, strict=False)
+        for large, small in zip(output.tensor.shape, fewer.tensor.shape, strict=False)
+    )

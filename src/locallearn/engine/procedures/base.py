@@ -19,6 +19,8 @@ from locallearn.engine.blocks import Inputs
 from locallearn.engine.units import UnitSignal
 from locallearn.errors import UserError
 
+_MOST_NAMED = 8  # parameters in a warning
+
 
 class Outcome(NamedTuple):
     """What a step yields: logits (N, K), detached, not below float32; their cross-entropy; and
@@ -47,6 +49,7 @@ class OutputLayer:
     Arguments:
         parameters: name -> what lies in no block and is to be trained.
         optimizer: of these; None where there are none.
+        num_classes: K.
         label_smoothing: of the cross-entropy.
         is_behind_blocks: whether blocks cut the way back, so that a parameter before the last of
             them may not be reached; the user is told once.
@@ -58,18 +61,30 @@ class OutputLayer:
         parameters: Mapping[str, nn.Parameter],
         optimizer: Optimizer | None,
         *,
+        num_classes: int,
         label_smoothing: float,
         is_behind_blocks: bool,
         is_shared: bool = False,
     ) -> None:
         self.parameters = parameters
         self.optimizer = optimizer
+        self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self._warns = is_behind_blocks
         self.is_shared = is_shared
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Of logits that are not below float32."""
+        """Of logits that are not below float32.
+
+        Raises:
+            UserError: another number of logits than K.
+        """
+        if logits.shape[1] != self.num_classes:
+            raise UserError(
+                f"the model yields logits of shape {tuple(logits.shape)}, but num_classes is "
+                f"{self.num_classes}. Give the number that the model was made for; of a tuple, "
+                f"the logits are taken to come first."
+            )
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def error(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,8 +122,11 @@ class OutputLayer:
     def _warn_of_the_unreached(self) -> None:
         unreached = [name for name, p in self.parameters.items() if p.grad is None]
         if unreached:
+            named = ", ".join(unreached[:_MOST_NAMED])
+            if len(unreached) > _MOST_NAMED:
+                named += f" and {len(unreached) - _MOST_NAMED} more"
             warnings.warn(
-                f"no block holds {', '.join(unreached)}, and the output's gradient does not reach "
+                f"no block holds {named}, and the output's gradient does not reach "
                 f"across the blocks behind: they will not train. Name a block that holds them.",
                 stacklevel=3,
             )

@@ -130,6 +130,13 @@ class GenericUnit(BlockUnit):
             place = output_place(output, self.name)
             read = tree_leaves(output)[place]
             handed_on = replaced(output, place, read.detach())
+        num_entries = read.shape[self._layout.batch_dim]
+        if num_entries == 0 or num_entries % num_images != 0:
+            raise UserError(
+                f"block {self.name!r} yields shape {tuple(read.shape)} for {num_images} images: "
+                f"no entry for each of them, as when only some are sent through it. Choose other "
+                f"blocks (blocks=[...]), such as the module around it."
+            )
         view = self._layout.view(read, num_images)
         self.num_elements = view.numel()
         return view, handed_on
