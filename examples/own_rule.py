@@ -12,9 +12,6 @@ backpropagation 99.4 %.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -47,11 +44,10 @@ class ClassMeansHead(LatentHead):
 
 
 @register_rule
-@dataclass(frozen=True, kw_only=True)
 class ClassMeans(LatentRule):
-    name: ClassVar[str] = "class-means"
-    summary: ClassVar[str] = "cosine similarity with the mean of each class's latents"
-    trains: ClassVar[str] = "nothing besides the network"
+    name = "class-means"
+    summary = "cosine similarity with the mean of each class's latents"
+    trains = "nothing besides the network"
 
     memory: float = 0.9
     temperature: float = 0.1
