@@ -12,6 +12,8 @@ backpropagation 99.4 %.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -44,6 +46,7 @@ class ClassMeansHead(LatentHead):
 
 
 @register_rule
+@dataclass(frozen=True, kw_only=True)
 class ClassMeans(LatentRule):
     name = "class-means"
     summary = "cosine similarity with the mean of each class's latents"
