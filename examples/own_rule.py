@@ -13,7 +13,6 @@ backpropagation 99.4 %.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,9 +48,9 @@ class ClassMeansHead(LatentHead):
 @register_rule
 @dataclass(frozen=True, kw_only=True)
 class ClassMeans(LatentRule):
-    name: ClassVar[str] = "class-means"
-    summary: ClassVar[str] = "cosine similarity with the mean of each class's latents"
-    trains: ClassVar[str] = "nothing besides the network"
+    name = "class-means"
+    summary = "cosine similarity with the mean of each class's latents"
+    trains = "nothing besides the network"
 
     memory: float = 0.9
     temperature: float = 0.1

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import locallearn
 
-ROOMS = ("engine", "rules", "kernels", "models", "data")
+ROOMS = ("engine", "integrations", "rules", "kernels", "models", "data")
 
 _INTRODUCTION = """# Python
 
@@ -53,7 +53,9 @@ def _in_order(module: ModuleType) -> list[str]:
     """Classes, then functions, then constants, each in the order of `__all__`."""
 
     def kind(name: str) -> int:
-        value = getattr(module, name)
+        if name not in vars(module):
+            return 0  # a class that is imported on first use, and may need an extra
+        value = vars(module)[name]
         return 0 if inspect.isclass(value) else 1 if inspect.isroutine(value) else 2
 
     return sorted(module.__all__, key=kind)
