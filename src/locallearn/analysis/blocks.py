@@ -29,7 +29,6 @@ from locallearn.engine.blocks import (
     forwards_through,
     num_inputs,
     plan_blocks,
-    recognize,
     standing_in,
 )
 
@@ -169,10 +168,7 @@ class _Counter:
         self.macs: dict[str, int] = {}
         self.kept: dict[str, int] = {}
         # Now, while the blocks' own forwards are in place.
-        self._forms = {
-            block.name: None if block.reads_loose else recognize(block.module)
-            for block in plan.blocks
-        }
+        self._forms = {block.name: block.closed_form() for block in plan.blocks}
 
     def path(self, name: str) -> str:
         """Of a block: "closed form" or "generic"."""

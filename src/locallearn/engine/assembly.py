@@ -192,7 +192,8 @@ def _build_units(
         if isinstance(rule, ErrorRule):
             units.append(ErrorUnit(**common))
         else:
-            units.append(build_unit(side_stream=settings.side_stream, **common))
+            form = last.closed_form()
+            units.append(build_unit(form=form, side_stream=settings.side_stream, **common))
     return units
 
 

@@ -19,7 +19,7 @@ from locallearn.data import (
     load_dataset,
 )
 from locallearn.data.dataset import free_memory_bytes
-from locallearn.engine.blocks import plan_blocks, recognize
+from locallearn.engine.blocks import plan_blocks
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
 from locallearn.errors import UserError
@@ -225,7 +225,7 @@ def _count_recognized(settings: TrainConfig, dataset: Dataset) -> tuple[int, int
     sizes = [
         block.view_shape[1:].numel()
         for block in plan.blocks
-        if block.view_shape and not block.reads_loose and recognize(block.module)
+        if block.view_shape and block.closed_form()
     ]
     return len(sizes), sum(sizes)
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from locallearn.engine.blocks.chain import Chain, modules_of
 from locallearn.engine.blocks.choosing import Blocks, choose
-from locallearn.engine.blocks.layout import LatentSize, Layout, latent_size_of
+from locallearn.engine.blocks.layout import PLAIN, LatentSize, Layout, latent_size_of
 from locallearn.engine.blocks.policy import automatic, reuse_error
+from locallearn.engine.blocks.recognition import ClosedForm, recognize
 from locallearn.engine.blocks.trace import Call, Inputs, not_of_the_batch, trace_few
 from locallearn.engine.blocks.wiring import Wiring, watch
 from locallearn.errors import UserError
@@ -55,6 +56,17 @@ class BlockPlan:
         assert self.layout is not None
         view = torch.empty(self.view_shape, device="meta")
         return latent_size_of(view, is_sequence=self.layout.is_sequence)
+
+    def closed_form(self) -> ClosedForm | None:
+        """What the closed form needs of the block; None where it does not cover the block, or not
+        what learns with it, or how its output lies."""
+        if self.reads_loose:
+            return None
+        if self.layout is not None and not isinstance(self.module, Block):
+            is_square = isinstance(self.latent_size()[0], int)
+            if self.layout != PLAIN or not is_square:
+                return None
+        return recognize(self.module)
 
 
 @dataclass

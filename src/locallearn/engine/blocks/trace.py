@@ -43,13 +43,17 @@ def num_inputs(inputs: Inputs) -> int:
 
 def few(inputs: Inputs, most: int = _MAX_TRACED) -> Inputs:
     """The first of the batch: as many as a trace needs."""
+    return _each_batch(lambda tensor: tensor[:most], inputs)
+
+
+def rolled(inputs: Inputs) -> Inputs:
+    """The same images, each in the next one's place, and the last in the first's."""
+    return _each_batch(lambda tensor: tensor.roll(1, 0), inputs)
+
+
+def _each_batch(change: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     num = num_inputs(inputs)
-
-    def shorten(tensor: Tensor) -> Tensor:
-        is_batch = tensor.ndim > 0 and len(tensor) == num
-        return tensor[:most] if is_batch else tensor
-
-    return tree_map_only(Tensor, shorten, inputs)
+    return tree_map_only(Tensor, lambda t: change(t) if t.ndim > 0 and len(t) == num else t, inputs)
 
 
 @contextmanager

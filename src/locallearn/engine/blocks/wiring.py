@@ -19,7 +19,8 @@ from locallearn.engine.blocks.chain import forwards_through
 from locallearn.engine.blocks.layout import (
     PLAIN,
     Layout,
-    find_layout,
+    fitting_layout,
+    possible_layouts,
     read_output,
 )
 from locallearn.engine.blocks.recognition import cut_at_head
@@ -30,6 +31,7 @@ from locallearn.engine.blocks.trace import (
     evaluating,
     foreseeing_failure,
     num_inputs,
+    rolled,
     tensors_of,
 )
 from locallearn.errors import UserError
@@ -130,20 +132,27 @@ class _Watch:
         self._reads_outputs = reads_outputs
         self._parameters = {id(p): name for name, p in model.named_parameters()}
         self._handed_on: dict[int, tuple[Tensor, str]] = {}
+        self._num_images = 0
+        self._look: Callable[[str, nn.Module, Any], None] = self._look_at
+        # Outputs that may lie in several ways.
+        self._undecided: dict[str, tuple[list[Layout], Tensor]] = {}
         self._wiring = Wiring({name: Read() for name in members}, Read(), self._parameters)
 
     def run(self, inputs: Inputs) -> Wiring:
-        num_images = num_inputs(inputs)
+        self._num_images = num_inputs(inputs)
         forwards: dict[nn.Module, Callable[..., Any]] = {}
         for name, module in self._members.items():
-            forwards |= forwards_through(module, self._stand_in(name, module, num_images))
+            forwards |= forwards_through(module, self._stand_in(name, module))
         with evaluating(self._model), standing_in(forwards), foreseeing_failure(inputs):
             output = call_model(self._model, inputs)
-        self._wiring.of_logits = self._read(output)
-        self._wiring.outputs = [tensor.detach() for tensor in tensors_of(output)]
+            self._wiring.of_logits = self._read(output)
+            self._wiring.outputs = [tensor.detach() for tensor in tensors_of(output)]
+            if self._undecided:
+                self._look = self._decide
+                call_model(self._model, rolled(inputs))
         return self._wiring
 
-    def _stand_in(self, name: str, module: nn.Module, num_images: int) -> Callable[..., Any]:
+    def _stand_in(self, name: str, module: nn.Module) -> Callable[..., Any]:
         halves = cut_at_head(module)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -151,24 +160,37 @@ class _Watch:
             args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
             output = halves.activation(*args, **kwargs)
             if self._reads_outputs:
-                self._look_at(name, module, output, num_images)
+                self._look(name, module, output)
             if halves.downsample is not None:
                 output = halves.downsample(output)
             return tree_map_only(Tensor, lambda t: self._hand_on(t, name), output)
 
         return forward
 
-    def _look_at(self, name: str, module: nn.Module, output: Any, num_images: int) -> None:
+    def _look_at(self, name: str, module: nn.Module, output: Any) -> None:
         if name in self._wiring.lying:
             return
         try:
             read = read_output(output, name)
-            is_own = isinstance(module, Block)
-            layout = PLAIN if is_own else find_layout(name, module, read, num_images)
+            layouts = [PLAIN]
+            if not isinstance(module, Block):
+                layouts = possible_layouts(name, module, read, self._num_images)
         except UserError as error:
             self._wiring.unfit[name] = error
         else:
-            self._wiring.lying[name] = Lying(layout, layout.view(read, num_images).shape)
+            self._note_layout(name, layouts[0], read)
+            if len(layouts) > 1:
+                self._undecided[name] = layouts, read.detach().clone()
+
+    def _decide(self, name: str, module: nn.Module, output: Any) -> None:
+        """By where the images are that have changed places."""
+        if name in self._undecided:
+            layouts, before = self._undecided.pop(name)
+            read = read_output(output, name)
+            self._note_layout(name, fitting_layout(layouts, before, read, self._num_images), read)
+
+    def _note_layout(self, name: str, layout: Layout, output: Tensor) -> None:
+        self._wiring.lying[name] = Lying(layout, layout.view(output, self._num_images).shape)
 
     def _hand_on(self, tensor: Tensor, name: str) -> Tensor:
         """The tensor, from a leaf of its own, by which what reads it is known."""

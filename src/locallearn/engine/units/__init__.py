@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from locallearn.engine.blocks import recognize
+from locallearn.engine.blocks import ClosedForm
 from locallearn.engine.units.base import BlockUnit, UnitResult, UnitSignal
 from locallearn.engine.units.closed_form import ClosedFormUnit, DepthwiseSeparableUnit
 from locallearn.engine.units.generic import GenericUnit
@@ -29,14 +29,21 @@ __all__ = [
 
 
 def build_unit(
-    *, side_stream: torch.cuda.Stream | None, head_after_pool: bool, **settings: Any
+    *,
+    form: ClosedForm | None,
+    side_stream: torch.cuda.Stream | None,
+    head_after_pool: bool,
+    **settings: Any,
 ) -> BlockUnit:
-    """The unit that fits a block and its head; ``settings`` are those of :class:`GenericUnit`."""
-    form = recognize(settings["block"])
-    is_alone = not settings["leaders"] and not settings["reads_loose"]
-    is_square = isinstance(settings["latent_size"], int)
+    """The unit that fits a block and its head.
+
+    Arguments:
+        form: what the closed form needs of the block, where it covers it.
+        side_stream, head_after_pool: see :class:`ClosedFormUnit` and :class:`GenericUnit`.
+        settings: of :class:`GenericUnit`.
+    """
     is_latent = isinstance(settings["head"], LatentHead)
-    if form is None or not (is_alone and is_square and is_latent):
+    if form is None or settings["leaders"] or not is_latent:
         return GenericUnit(head_after_pool=head_after_pool, **settings)
     if head_after_pool and form.max_pool > 1:
         return GenericUnit(head_after_pool=True, **settings)
