@@ -138,12 +138,13 @@ def trace(model: nn.Module, inputs: Inputs) -> dict[str, Call]:
     A module that the model holds under several names goes by the first.
 
     Raises:
-        UserError: the forward fails on these inputs, or a module is a compiled script.
+        UserError: the forward fails on these inputs, or torch.jit has made a module of it.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
+            what = f"module {name!r}" if name else "the model"
             raise UserError(
-                f"module {name!r} is made by torch.jit, and can be neither watched nor trained "
+                f"{what} is made by torch.jit, and can be neither watched nor trained "
                 f"block by block; give the module from before it was scripted or traced."
             )
     calls: dict[str, Call] = {}
