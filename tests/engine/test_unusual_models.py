@@ -273,3 +273,8 @@ def test_copies_on_several_devices_are_refused() -> None:
     parallel.device_ids = [0, 1]
     with pytest.raises(UserError, match=r"DataParallel runs copies .* on 2 devices"):
         LocalLearner(parallel, "lls", num_classes=K)
+
+
+def test_a_compiled_model_is_refused() -> None:
+    with pytest.raises(UserError, match=r"wrapped by torch\.compile, .* and compile=True"):
+        LocalLearner(torch.compile(Net()), "lls", num_classes=K)

@@ -630,7 +630,13 @@ def _in_channels_last(images: Tensor) -> Tensor:
 
 
 def check_takes_model(model: nn.Module) -> None:
-    """Raise a UserError for lazy modules that have no weights yet, and for copies on devices."""
+    """Raise a UserError for compiled models, lazy modules that have no weights yet, and copies on
+    several devices."""
+    if hasattr(model, "_orig_mod"):
+        raise UserError(
+            "the model is wrapped by torch.compile, whose graph passes the blocks by; give the "
+            "module from before (its `_orig_mod`), and compile=True to have blocks compiled."
+        )
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise UserError(
