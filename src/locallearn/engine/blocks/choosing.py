@@ -10,14 +10,16 @@ from torch import nn
 from locallearn.errors import UserError, unknown_name
 
 BlockChoice = str | type[nn.Module]
-Blocks = str | Sequence[BlockChoice]
+Blocks = BlockChoice | Sequence[BlockChoice]
 """What can be said of the blocks of a model; see :func:`choose`."""
 
 
 def parse_blocks(text: str) -> Blocks:
     """What a user writes on one line: "auto", or names, globs and "type:NAME" with commas."""
-    if text.strip() == "auto":
-        return "auto"
+    return "auto" if text.strip() == "auto" else _split(text)
+
+
+def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
@@ -28,18 +30,19 @@ def choose(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
         model: any module.
         blocks: names as in ``named_modules()``; globs, whose ``*`` and ``?`` stay within a part of
             a name between dots ("layer*.?"); module types, or their names ("type:Bottleneck"), of
-            which the outermost modules are meant. A sequence, or one string with commas.
+            which the outermost modules are meant. One, a sequence, or a string with commas.
 
     Raises:
         UserError: what matches nothing, or a block inside another.
     """
     if isinstance(blocks, str):
-        blocks = parse_blocks(blocks)
-    if not blocks:
+        blocks = _split(blocks)
+    choices = [blocks] if isinstance(blocks, type) else blocks
+    if not choices:
         raise UserError("blocks=[] names no block; leave it out, or use rule 'bp'.")
-    modules = dict(model.named_modules())
+    modules = {name: module for name, module in model.named_modules() if module is not model}
     found: set[str] = set()
-    for choice in blocks:
+    for choice in choices:
         found |= set(_matching(choice, modules))
     ordered = [name for name in modules if name in found]
     for outer in ordered:
@@ -50,6 +53,8 @@ def choose(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
 
 
 def _matching(choice: BlockChoice, modules: dict[str, nn.Module]) -> list[str]:
+    if not isinstance(choice, str | type):
+        raise UserError(f"blocks holds {choice!r}; names, globs and module types are expected.")
     if isinstance(choice, type):
         names = [name for name, module in modules.items() if isinstance(module, choice)]
         what = f"module of type {choice.__name__}"
@@ -78,4 +83,4 @@ def _fits_glob(name: str, glob: str) -> bool:
 
 
 def _is_inside(inner: str, outer: str) -> bool:
-    return outer == "" or inner.startswith(outer + ".")
+    return inner.startswith(outer + ".")
