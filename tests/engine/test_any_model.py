@@ -14,7 +14,6 @@ import pytest
 import timm
 import torch
 import torchvision.models as tv
-from timm.models.metaformer import MetaFormer
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from locallearn.engine.measuring import peak_memory_bytes
 
 K = 4
 N = 8
-LR = 3e-5
+LR = 3e-4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,10 +78,7 @@ TIMM: dict[str, tuple[Callable[[], nn.Module], int]] = {
         lambda: MlpMixer(img_size=32, patch_size=8, num_blocks=3, embed_dim=32, num_classes=K),
         32,
     ),
-    "timm-metaformer": (
-        lambda: MetaFormer(depths=(1, 1, 2, 1), dims=(16, 32, 48, 64), num_classes=K),
-        64,
-    ),
+    "timm-poolformer": (lambda: timm.create_model("poolformer_s12", num_classes=K), 64),
     "timm-mobilenet-v3": (lambda: timm.create_model("mobilenetv3_small_050", num_classes=K), 64),
     "timm-regnet": (lambda: timm.create_model("regnetx_002", num_classes=K), 32),
     "timm-mobilevit": (lambda: timm.create_model("mobilevit_xxs", num_classes=K), 64),
