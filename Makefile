@@ -21,8 +21,10 @@ $(VENV)/.dev: pyproject.toml
 run: $(VENV)/.run
 	$(BIN)/locallearn train
 
+# As many processes as cores, up to four: each imports PyTorch for itself. `worksteal` leaves the
+# tests of a file together, which share what is costly to make, until a process has none left.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
