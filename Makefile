@@ -29,8 +29,10 @@ docs docs-serve: export NO_MKDOCS_2_WARNING = 1
 run: $(VENV)/.run
 	$(BIN)/locallearn train
 
+# As many processes as cores, up to four: each imports PyTorch for itself. `worksteal` leaves the
+# tests of a file together, which share what is costly to make, until a process has none left.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

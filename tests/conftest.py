@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +15,9 @@ from PIL import Image
 
 from locallearn.kernels import cxx_compiler
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # its cores are shared with the other workers
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 NUM_THREADS = torch.get_num_threads()
 
 
@@ -25,6 +31,24 @@ def _as_at_the_start() -> None:
 def one_thread() -> None:
     """For networks so small that a second thread costs more than it saves."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def two_threads() -> None:
+    """For torch.compile: what it compiles for one thread has no parallel loops."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of a table are forked from a process that has imported what they need.
+
+    As they are begun in earnest, each imports it for itself, which takes 5 s of computing.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["locallearn.recipes.worker", "torch._dynamo"])
+    jobs_own = SimpleNamespace(get_context=lambda method: context)
+    monkeypatch.setattr("locallearn.recipes.jobs.multiprocessing", jobs_own)
 
 
 @pytest.fixture(scope="session")

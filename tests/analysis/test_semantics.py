@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import silhouette_score
 
 from locallearn.analysis.figures.semantics import label_offsets
 from locallearn.analysis.semantics import (
@@ -73,6 +72,8 @@ def test_groups_that_mean_nothing_score_as_shuffled() -> None:
 @pytest.mark.parametrize("groups", [["a", "a", "b", "b", "b", "c"], ["x", "y", "y", "y", "x", "x"]])
 def test_silhouette_is_scikit_learns(groups: list[str]) -> None:
     """A group of one class among them, which counts zero."""
+    from sklearn.metrics import silhouette_score  # two seconds, for this test alone
+
     distances = cosine_distances(directions(torch.randn(6, 4)))
     expected = silhouette_score(distances, groups, metric="precomputed")
     assert silhouette(distances, groups).value == pytest.approx(expected, abs=1e-12)

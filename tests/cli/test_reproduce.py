@@ -42,7 +42,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch) -> None:
     Path("mine.toml").write_text(TABLE)
 
 
-def test_runs_what_is_missing_and_writes_the_table(capfd) -> None:
+def test_runs_what_is_missing_and_writes_the_table(capfd, quick_runs: None) -> None:
     arguments = ["reproduce", "mine.toml", "--only", "t*", "--epochs-scale", "0.5", "--seeds", "1"]
     assert main([*arguments, "--dry-run"]) == 0
     out = capfd.readouterr().out
@@ -119,7 +119,7 @@ def test_wrong_input_is_one_line(
     assert not Path("runs").exists()
 
 
-def test_a_run_that_fails_is_said_and_the_table_written(capfd) -> None:
+def test_a_run_that_fails_is_said_and_the_table_written(capfd, quick_runs: None) -> None:
     Path("empty").mkdir()
     place = ["--dataset-map", "digits=folder:empty"]
     assert main(["reproduce", "mine.toml", "--only", "one", "--seeds", "0", *place]) == 2
@@ -157,10 +157,13 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(delay: str) -> None:
     folder = Path("runs", "mine", "one", "5000-epochs")
     sign = folder if delay == "at once" else folder / "seed-0" / "metrics.csv"
     deadline = time.monotonic() + 120
-    while not sign.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(table.pid, signal.SIGINT)
-    out, err = table.communicate(timeout=120)
+    try:
+        while not sign.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(table.pid, signal.SIGINT)
+        out, err = table.communicate(timeout=120)
+    finally:
+        table.kill()  # where it has not ended; its runs end with it
     assert table.returncode == 130, err
     assert err == "Stopped; all is saved. The same command goes on from here.\n"
     assert "stopping: the runs save themselves" in out

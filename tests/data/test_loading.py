@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from locallearn.data import (
     load_dataset,
     read_for_prediction,
 )
+from locallearn.data.builtin import _read_digits
 from locallearn.data.dataset import stratified_order, stratified_split
 from locallearn.data.images import decode_all
 from locallearn.data.reading import read_header, read_image
@@ -54,6 +56,20 @@ def test_digits_need_nothing() -> None:
     assert data.inputs.std[0] == pytest.approx(pixels.std(correction=0).item(), abs=1e-12)
     again = load_dataset("digits")
     assert again.fingerprint() == data.fingerprint()
+
+
+@pytest.mark.parametrize("place", ["own", "elsewhere"])
+def test_digits_are_scikit_learns(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from its file, and by it where the file is not where it was."""
+    from sklearn.datasets import load_digits
+
+    if place == "elsewhere":
+        elsewhere = ModuleSpec("sklearn", None, origin="/nonexistent/sklearn/__init__.py")
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: elsewhere)
+    expected = load_digits()
+    images, labels = _read_digits()
+    assert np.array_equal(images, expected.images)
+    assert np.array_equal(labels, expected.target)
 
 
 def test_validation_split_is_stratified_seeded_and_disjoint() -> None:

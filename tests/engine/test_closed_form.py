@@ -78,7 +78,7 @@ def test_many_steps_in_float64_are_those_of_autograd(rule: str | Rule) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
 
 
-def test_many_steps_in_float64_compiled(needs_compiler: None) -> None:
+def test_many_steps_in_float64_compiled(needs_compiler: None, two_threads: None) -> None:
     expected = trajectory("reference", torch.float64, "lls-mxm")
     actual = trajectory("compiled", torch.float64, "lls-mxm")
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
@@ -86,7 +86,7 @@ def test_many_steps_in_float64_compiled(needs_compiler: None) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "compiled"])
 def test_many_steps_in_float32_stray_no_further_than_autograds(
-    backend: str, request: pytest.FixtureRequest
+    backend: str, request: pytest.FixtureRequest, two_threads: None
 ) -> None:
     """From the float64 trajectory, at most twice as far as plain PyTorch's own float32."""
     if backend == "compiled":
@@ -296,7 +296,9 @@ def test_running_statistics_are_batch_norms(model: str) -> None:
         torch.testing.assert_close(states[1][name], value, rtol=1e-10, atol=1e-12)
 
 
-def test_peak_memory_is_the_largest_blocks_own_tensors(needs_compiler: None) -> None:
+def test_peak_memory_is_the_largest_blocks_own_tensors(
+    needs_compiler: None, two_threads: None
+) -> None:
     """Input, z and output of the second block, 15 % for all else; and what `cost` counts."""
     blocks = [ConvBlock(c, 16, latent_size=2, max_pool=p) for c, p in ((3, 1), (16, 2))]
     model = BlockNetwork(blocks, pool_size=1, num_classes=4)

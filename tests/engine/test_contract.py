@@ -41,18 +41,22 @@ every_rule_and_model = pytest.mark.parametrize(
 )
 
 
-def learner_of(
-    model: str, rule: Rule, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any
-) -> LocalLearner:
-    torch.manual_seed(seed)
-    network = build_model(
+def network_of(model: str, rule: Rule) -> nn.Module:
+    return build_model(
         model,
         num_classes=CLASSES,
         in_channels=1,
         width=WIDTHS.get(model, 1 / 8),
         style=BlockStyle(rule.activation),
     )
-    return LocalLearner(network.to(dtype), rule, recalibration_batches=0, **settings)
+
+
+def learner_of(
+    model: str, rule: Rule, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any
+) -> LocalLearner:
+    torch.manual_seed(seed)
+    network = network_of(model, rule).to(dtype)
+    return LocalLearner(network, rule, recalibration_batches=0, **settings)
 
 
 def dataset(num: int = 16) -> tuple[Tensor, Tensor]:
@@ -78,8 +82,9 @@ def test_learns_and_resumes_exactly(model: str, name: str, options: dict[str, An
     twin.load_training_state(copy.deepcopy(state))
     resumed = twin.step(images, labels)
     last = learner.step(images, labels)
+    twins = twin.state_dict()
     for key, value in learner.state_dict().items():
-        assert torch.equal(value, twin.state_dict()[key]), key
+        assert torch.equal(value, twins[key]), key
     assert torch.equal(resumed.loss, last.loss)
 
     for _ in range(4):
@@ -111,7 +116,7 @@ def test_what_reaches_a_block_is_what_the_rule_declares(
     rule = build_rule(name, **options)
     images, labels = dataset(8)
     # The first block and the last but one, which has one behind it.
-    names = [n for n, m in learner_of(model, rule).model.named_modules() if isinstance(m, Block)]
+    names = [n for n, m in network_of(model, rule).named_modules() if isinstance(m, Block)]
     chosen = [names[0], names[-2]]
     audited = audit_locality(
         lambda: learner_of(model, rule, torch.float64, optimizer=sgd),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,9 @@ from locallearn.engine import Interrupted, Snapshot, TrainConfig, Trainer, load_
 from locallearn.engine.evaluation import evaluate
 from locallearn.engine.files import write_atomically
 from locallearn.engine.run import RunDirectory, load_checkpoint, save_checkpoint
-from locallearn.models.registry import _MODELS
+from locallearn.kernels.compiled import compilation
+from locallearn.models import BlockNetwork, ConvBlock
+from locallearn.models.registry import _MODELS, register_model
 from locallearn.rules import (
     HeadSpec,
     LatentHead,
@@ -179,33 +180,22 @@ def test_stopped_in_an_epoch_and_resumed_is_as_never_stopped(
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-ONE_BLOCK = """
-from locallearn.models import BlockNetwork, ConvBlock
-from locallearn.models.registry import register_model
-
-@register_model("one-block", summary="the first of SmallConv", min_image_size=8)
-def one_block(*, in_channels, num_classes, **settings):
-    blocks = [ConvBlock(in_channels, 32, latent_size=4, max_pool=2)]
-    return BlockNetwork(blocks, pool_size=2, num_classes=num_classes)
-"""
-RESUME = """
-import sys
-from locallearn.cli import main
-sys.exit(main(["train", "--resume", *sys.argv[1:]]))
-"""
-
-
 @pytest.fixture
 def one_block() -> Iterator[str]:
-    """A model whose compiling takes seconds and not a minute, for other processes to make too."""
-    exec(ONE_BLOCK, {})
+    """A model whose compiling takes seconds and not a minute."""
+
+    @register_model("one-block", summary="the first of SmallConv", min_image_size=8)
+    def build(*, in_channels: int, num_classes: int, **settings: Any) -> BlockNetwork:
+        blocks = [ConvBlock(in_channels, 32, latent_size=4, max_pool=2)]
+        return BlockNetwork(blocks, pool_size=2, num_classes=num_classes)
+
     yield "one-block"
     _MODELS.remove("one-block")
 
 
 @pytest.mark.filterwarnings("default")  # what torch's compiler warns of is not ours
-def test_resumed_by_a_process_that_meets_another_batch_first(
-    tmp_path: Path, one_block: str, needs_compiler: None
+def test_resumed_where_another_batch_is_met_first(
+    tmp_path: Path, monkeypatch, one_block: str, needs_compiler: None
 ) -> None:
     """The smaller last batch of an epoch, by the compiled backend: still bit for bit."""
     settings = {"model": one_block, "backend": "compiled", "num_threads": 2}
@@ -223,8 +213,11 @@ def test_resumed_by_a_process_that_meets_another_batch_first(
     with pytest.raises(Interrupted):
         trainer.fit()
     assert (trainer.epoch, trainer.step) == (0, 3)
-    command = [sys.executable, "-c", ONE_BLOCK + RESUME, str(tmp_path / "stopped")]
-    subprocess.run(command, check=True, capture_output=True)
+    # As in another process, which has compiled nothing yet.
+    fresh = functools.cache(compilation._specialized.__wrapped__)
+    monkeypatch.setattr(compilation, "_specialized", fresh)
+    Trainer.resume(tmp_path / "stopped", Recorder()).fit()
+    assert fresh.cache_info().currsize > 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 

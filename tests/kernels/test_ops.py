@@ -56,7 +56,10 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     return load_kernels(request.param)
 
 
-pytestmark = pytest.mark.filterwarnings("default")  # what torch's compiler warns of is not ours
+pytestmark = [
+    pytest.mark.usefixtures("two_threads"),
+    pytest.mark.filterwarnings("default"),  # what torch's compiler warns of is not ours
+]
 
 
 def arrange(z: Tensor, layout: str) -> Tensor:
@@ -162,12 +165,14 @@ def autograd(z: Tensor, gamma, beta, size: int, pool: int, labels, d, similarity
 
 
 @pytest.mark.parametrize(
-    ("shape", "size"), [((5, 3, 9, 9), 2), ((4, 10), 4)], ids=["convolutional", "linear"]
+    ("shape", "size", "pool"),
+    [((5, 6, 7, 7), 2, 2), ((4, 16), 8, 1)],
+    ids=["convolutional", "linear"],
 )
-def test_a_block_with_similarity_matches_autograd(kernels, shape, size) -> None:
+def test_a_block_with_similarity_matches_autograd(kernels, shape, size, pool) -> None:
     z, gamma, beta = case(shape)
     labels, d = labels_and_projection(shape, size)
-    of_block = (gamma, beta, size, 1, labels, d, 10.0)
+    of_block = (gamma, beta, size, pool, labels, d, 10.0)
     _, loss, gradients = autograd(z, *of_block)
     _, head, grad_z = forward_and_backward(kernels, arrange(z, "channels_last"), *of_block)
     found = (grad_z, head.grad_gamma, head.grad_beta, head.grad_projection)

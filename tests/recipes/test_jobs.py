@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -68,6 +69,7 @@ def cells_of(table: RecipeTable, out: Path, **changes) -> list[Cell]:
     return list(make_plan(table, Changes(num_threads=1, **changes), out).cells)
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_two_at_a_time_one_fails_and_the_others_go_on(table: RecipeTable, tmp_path: Path) -> None:
     lls, bp, *_ = cells_of(table, tmp_path)
     broken = dataclasses.replace(
@@ -134,7 +136,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
-@needs_proc
+@pytest.mark.usefixtures("quick_runs")
 def test_a_process_that_dies_is_a_failure_with_its_log(table: RecipeTable, tmp_path: Path) -> None:
     cell = cells_of(table, tmp_path)[0]
     cell = dataclasses.replace(cell, settings=dataclasses.replace(cell.settings, epochs=5000))
@@ -143,8 +145,8 @@ def test_a_process_that_dies_is_a_failure_with_its_log(table: RecipeTable, tmp_p
         def on_message(self, cell: Cell, message: Message) -> None:
             super().on_message(cell, message)
             if isinstance(message, Started):
-                (child,) = children(os.getpid())
-                os.kill(child, signal.SIGKILL)
+                (child,) = multiprocessing.active_children()
+                child.kill()
 
     (outcome,) = run_cells([cell], num_jobs=1, listener=Killer()).values()
     assert isinstance(outcome, Failed)
@@ -153,7 +155,9 @@ def test_a_process_that_dies_is_a_failure_with_its_log(table: RecipeTable, tmp_p
 
 
 @needs_proc
-def test_a_killed_table_is_continued_by_the_same_command(table_path: Path, tmp_path: Path) -> None:
+def test_a_killed_table_is_continued_by_the_same_command(
+    table_path: Path, tmp_path: Path, quick_runs: None
+) -> None:
     """kill -9 in the middle of a run: no process is left, and the table comes out the same."""
     table_path.write_text(table_path.read_text().replace("epochs = 4", "epochs = 8"))
     arguments = ["reproduce", str(table_path), "--seeds", "1", "--only", "digits-lls", "--out"]
@@ -165,12 +169,14 @@ def test_a_killed_table_is_continued_by_the_same_command(table_path: Path, tmp_p
     command = [sys.executable, "-m", "locallearn", *arguments, str(tmp_path / "cut")]
     table = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not cut.metrics_path.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    (worker,) = children(table.pid)
-    os.kill(worker, signal.SIGSTOP)  # so that it can't end before its parent is killed
-    table.kill()
-    table.wait()
+    try:
+        while not cut.metrics_path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        (worker,) = children(table.pid)
+        os.kill(worker, signal.SIGSTOP)  # so that it can't end before its parent is killed
+    finally:
+        table.kill()
+        table.wait()
     os.kill(worker, signal.SIGCONT)
     while is_alive(worker) and time.monotonic() < deadline:
         time.sleep(0.01)
