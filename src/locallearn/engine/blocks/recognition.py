@@ -8,7 +8,8 @@ tells what their forward does, whether it calls modules or functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,10 +136,24 @@ def _steps_of_other(block: nn.Module) -> list[nn.Module | Relu] | None:
     if "forward" in vars(block):
         return None
     try:
-        graph = _LayerTracer().trace(block)
+        with _training(block):
+            graph = _LayerTracer().trace(block)
     except Exception:  # control flow that depends on data, or whatever else a forward may do
         return None
     return _steps_of_graph(graph, block)
+
+
+@contextlib.contextmanager
+def _training(block: nn.Module) -> Iterator[None]:
+    """Within: training mode, of which the closed form is, whatever the block does in another."""
+    modes = {module: module.training for module in block.modules()}
+    try:
+        for module in modes:
+            module.training = True
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class _LayerTracer(fx.Tracer):
