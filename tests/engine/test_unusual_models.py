@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -278,3 +280,47 @@ def test_copies_on_several_devices_are_refused() -> None:
 def test_a_compiled_model_is_refused() -> None:
     with pytest.raises(UserError, match=r"wrapped by torch\.compile, .* and compile=True"):
         LocalLearner(torch.compile(Net()), "lls", num_classes=K)
+
+
+def test_a_wrapper_of_all_but_the_output_layer_is_looked_into() -> None:
+    images, _ = batch()
+    body = nn.Sequential(
+        OrderedDict(
+            first=nn.Conv2d(3, 8, 3), relu=nn.ReLU(), second=nn.Conv2d(8, 8, 3), last=nn.ReLU()
+        )
+    )
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = body
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x).mean((2, 3))
+
+    model = nn.Sequential(Body(), nn.Linear(8, K))
+    learner = LocalLearner(model, "lls", num_classes=K, example_input=images)
+    assert learner.block_names == ["0.layers.first", "0.layers.second"]
+
+
+def test_a_layer_with_a_hook_is_no_part_of_a_chain() -> None:
+    """The chain's first module runs the others by their forwards, which would pass it over."""
+    images, labels = batch()
+    model = Net()
+    model.stem = nn.Identity()
+    model.conv, model.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+    model.forward = lambda x: model.classify(model.stage(model.norm(model.conv(x))))
+    calls: list[int] = []
+    model.norm.register_forward_hook(lambda module, args, output: calls.append(1))
+    learner = LocalLearner(model, "lls", num_classes=K, example_input=images)
+    calls.clear()
+    learner.step(images, labels)
+    assert calls == [1]
+    assert learner.plan.blocks[0].names != ("conv", "norm")
+
+
+def test_an_empty_batch_is_one_line() -> None:
+    images, labels = batch()
+    learner = LocalLearner(Net(), "lls", num_classes=K, example_input=images)
+    with pytest.raises(UserError, match=r"the batch is empty: its shape is \(0, 3, "):
+        learner.step(images[:0], labels[:0])

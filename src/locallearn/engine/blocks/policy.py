@@ -6,8 +6,9 @@ A model is read from one watched forward (`trace`), from the outside in:
 2. A class that repeats in a stage (a Sequential, ModuleList or ModuleDict that holds two or more
    of it, each with several layers) is a unit: a residual block, an inverted residual, a
    transformer layer. What holds units is a stage, and is looked into.
-3. A module of a class that occurs more than once is a block, and so is one of few layers. Another
-   one that occurs once wraps the rest, and is looked into.
+3. A module that runs more than once, or whose class occurs more than once, is a block. So is one
+   of few layers, unless these are all but the output layer. Another one wraps the rest, and is
+   looked into.
 4. Layers that lie in none of these, and run one straight after the other, form chains: a layer
    with weights, and the norm and activation behind it. A layer that neither has, in front of a
    block (a patch embedding), learns with that block.
@@ -34,6 +35,7 @@ _NORMS = (
     nn.RMSNorm,
     nn.LocalResponseNorm,
 )
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _FEW_LAYERS = 4  # a module that occurs once, and holds so many, is a block and no wrapper
 
 
@@ -75,7 +77,9 @@ class _Reader:
         self._num_layers = {module: _count_layers(module) for module in model.modules()}
         self._units = self._unit_classes()
         self._occurrences = Counter(
-            type(call.module) for call in calls.values() if self._num_layers[call.module] > 1
+            type(call.module)
+            for name, call in calls.items()
+            if name and self._num_layers[call.module] > 1
         )
 
     def read(self) -> list[tuple[str, ...]]:
@@ -108,12 +112,12 @@ class _Reader:
             return False
         if not _has_features(call) or call.name in self._unfit:
             return False
-        is_block = self._is_unit(module)
+        is_block = self._is_unit(module, call)
         if is_block and call.num_calls > 1 and not self._allow_reuse:
             raise reuse_error(call)
         return is_block
 
-    def _is_unit(self, module: nn.Module) -> bool:
+    def _is_unit(self, module: nn.Module, call: Call) -> bool:
         num_layers = self._num_layers[module]
         if num_layers <= 1:
             return num_layers == 1 and self._shapes_its_output(module)
@@ -123,8 +127,9 @@ class _Reader:
             return type(module) in self._units
         if any(type(inner) is type(module) for inner in module.modules() if inner is not module):
             return False
-        few = max(_FEW_LAYERS, self._num_layers[self._model] // 8)
-        return self._occurrences[type(module)] > 1 or num_layers <= few
+        in_model = self._num_layers[self._model]
+        is_small = num_layers <= max(_FEW_LAYERS, in_model // 8) and num_layers < in_model - 1
+        return self._occurrences[type(module)] > 1 or call.num_calls > 1 or is_small
 
     @staticmethod
     def _shapes_its_output(module: nn.Module) -> bool:
@@ -169,8 +174,14 @@ class _Reader:
         return found
 
     def _continues(self, chain: Sequence[str], call: Call) -> bool:
-        """Whether a layer runs on the output of the chain's last, and on nothing else."""
+        """Whether a layer runs on the output of the chain's last, and on nothing else.
+
+        One with hooks does not join: the chain's first runs it by its forward alone.
+        """
         if not chain or call.num_calls > 1:
+            return False
+        first, module = self._calls[chain[0]].module, call.module
+        if first._forward_hooks or module._forward_pre_hooks or module._forward_hooks:
             return False
         has_weights = any(self._has_weights(name) for name in chain)
         if has_weights and self._num_layers[call.module] > 0:
@@ -196,7 +207,7 @@ class _Reader:
             return False
         if isinstance(modules[0], nn.Embedding | nn.EmbeddingBag):
             return False
-        if any(isinstance(m, _NORMS) or is_activation(m) for m in modules):
+        if any(isinstance(m, (*_NORMS, *_RECURRENT)) or is_activation(m) for m in modules):
             return True
         # A linear map in front of a block: nothing of its own to learn from.
         behind = [name for name in order[order.index(names[-1]) + 1 :] if self._has_weights(name)]

@@ -38,6 +38,8 @@ def num_inputs(inputs: Inputs) -> int:
     tensors = tensors_of(inputs)
     if not tensors or tensors[0].ndim == 0:
         raise UserError("the model's input holds no tensor with a batch dimension.")
+    if len(tensors[0]) == 0:
+        raise UserError(f"the batch is empty: its shape is {tuple(tensors[0].shape)}.")
     return len(tensors[0])
 
 
@@ -171,7 +173,8 @@ def trace(model: nn.Module, inputs: Inputs) -> dict[str, Call]:
     def leave(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             running.pop()
-            calls[name].outputs = Seen.of(output)
+            if calls[name].num_calls == 1:
+                calls[name].outputs = Seen.of(output)
 
         return hook
 
