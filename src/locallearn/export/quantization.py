@@ -1,0 +1,79 @@
+"""An ONNX file in int8, by onnxruntime's static quantiser."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from locallearn.errors import UserError
+from locallearn.export.description import INPUT, Description
+from locallearn.export.files import load_onnx_package, serialized
+from locallearn.export.network import first_line, quietly
+
+# How it is made, as the file says it.
+HOW = "static QDQ, int8 weights by channel, int8 activations, ranges by {method} of {num} images"
+
+
+def int8_content(
+    content: bytes, description: Description, calibration: Iterable[Tensor], num_images: int
+) -> tuple[bytes, Description]:
+    """The int8 file of a float32 one, and its description.
+
+    Weights get a scale for each output channel, activations one for each tensor, from the ranges
+    seen on the calibration images. Quantize and dequantize nodes stand around each operator, which
+    a runtime fuses where it has an int8 kernel.
+
+    Arguments:
+        content: of the float32 ONNX file.
+        description: of it.
+        calibration: batches of images as the file takes them, of the training part.
+        num_images: how many these are together, for the description.
+
+    Raises:
+        UserError: a package that is missing, or a network that onnxruntime can't quantise.
+    """
+    onnx = load_onnx_package("onnx")
+    tools = load_onnx_package("onnxruntime.quantization")
+    method = tools.CalibrationMethod.MinMax
+    with tempfile.TemporaryDirectory(prefix="locallearn-") as directory:
+        prepared, target = Path(directory, "prepared.onnx"), Path(directory, "int8.onnx")
+        try:
+            with quietly():
+                # Without its own inference of shapes: the exporter has left them in the file.
+                tools.quant_pre_process(
+                    onnx.load_from_string(content), str(prepared), skip_symbolic_shape=True
+                )
+                tools.quantize_static(
+                    str(prepared),
+                    str(target),
+                    _reader(tools, calibration),
+                    quant_format=tools.QuantFormat.QDQ,
+                    per_channel=True,
+                    activation_type=tools.QuantType.QInt8,
+                    weight_type=tools.QuantType.QInt8,
+                    calibrate_method=method,
+                )
+                proto = onnx.load(str(target))
+        except UserError:
+            raise
+        except Exception as error:  # of onnx', onnxruntime's and protobuf's many kinds
+            raise UserError(
+                f"onnxruntime can't quantise the network: {first_line(error)}. Leave out --int8."
+            ) from error
+    made = description.quantized(HOW.format(method=method.name, num=num_images))
+    return serialized(proto, made), made
+
+
+def _reader(tools: Any, calibration: Iterable[Tensor]) -> Any:
+    batches: Iterator[Tensor] = iter(calibration)
+
+    class Reader(tools.CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(batches, None)
+            return None if batch is None else {INPUT: batch.contiguous().numpy()}
+
+    return Reader()
