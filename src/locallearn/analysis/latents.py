@@ -20,7 +20,7 @@ from locallearn.engine.learner import LocalLearner
 from locallearn.errors import UserError
 from locallearn.kernels import pool_latents
 from locallearn.models import Block
-from locallearn.rules import HeadSpec, LatentHead, LocalHead, LocalRule, ProjectionHead
+from locallearn.rules import HeadSpec, LatentHead, LocalHead, LocalRule
 
 _NORM_EPS = 1e-12  # of a latent that is zero throughout
 
@@ -230,17 +230,10 @@ def local_logits(view: BlockView, features: Tensor) -> Tensor | None:
         view: of the block.
         features: what its head reads.
     """
-    head = view.head
-    if isinstance(head, ProjectionHead):
-        latents = view.latents(features)
-        if head.normalize:
-            latents = nn.functional.normalize(latents, dim=1, eps=_NORM_EPS)
-        return latents @ head.projection().T / head.temperature
-    if head is None or not head.has_loss:
+    if view.head is None:
         return None
-    seen = view.latents(features) if isinstance(head, LatentHead) else features
-    labels = torch.zeros(len(features), dtype=torch.int64, device=features.device)
-    return head.loss(seen, labels)[1]  # logits do not depend on the labels
+    is_latent = isinstance(view.head, LatentHead)
+    return view.head.logits(view.latents(features) if is_latent else features)
 
 
 def limited(dataset: Dataset, limit: int | None) -> Dataset:

@@ -17,7 +17,7 @@ import contextlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ from locallearn.engine.blocks import (
     own_blocks,
     plan_blocks,
 )
+from locallearn.engine.exits import OUTPUT, Calibration, EarlyExits, Prediction, calibrate
 from locallearn.engine.optimizers import (
     OptimizerFactory,
     ScheduleFreeAdamW,
@@ -45,8 +46,9 @@ from locallearn.engine.optimizers import (
     set_mode,
 )
 from locallearn.engine.procedures import LocalUpdates, logits_of
+from locallearn.engine.procedures.base import not_below_float32
 from locallearn.engine.processes import check_one_process
-from locallearn.engine.units import BlockUnit, UnitSignal
+from locallearn.engine.units import BlockUnit, GenericUnit, UnitSignal
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend, missing_for
 from locallearn.rules import Backprop, Requirement, Rule, build_rule
@@ -215,6 +217,8 @@ class LocalLearner(nn.Module):
         self._recent: deque[Inputs] = deque(maxlen=recalibration_batches)
         self._is_stale = False
         self._has_two_points = False
+        self._exits: EarlyExits | None = None
+        self._has_said_uncalibrated = False
         self._blocks: Blocks = "auto" if blocks is None else blocks
         self._settings = Settings(
             num_classes=num_classes,
@@ -462,7 +466,7 @@ class LocalLearner(nn.Module):
         waits = backend == "autograd" and fastest == "compiled"
         self._later_backend = fastest if waits else None
 
-    # -- inference and training -----------------------------------------------------------------
+    # -- inference ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def forward(self, images: Inputs) -> Tensor:
@@ -471,14 +475,134 @@ class LocalLearner(nn.Module):
         The first one after training with a schedule-free optimizer re-estimates BatchNorm's
         statistics at the averaged weights, on the last training batches.
         """
+        images = self._before_inference(images)
+        with self._autocast(self._device.type):
+            logits = logits_of(call_model(self.model, images))
+        return not_below_float32(logits)
+
+    def _before_inference(self, images: Inputs) -> Inputs:
+        """In evaluation mode, and its BatchNorms with it; returns the images as the model has them
+        fastest."""
         if self._is_stale and self._recent:
             self.recalibrate(list(self._recent))
         if self.training:
             self.eval()
-        images = self._arrange(images)
+        return self._arrange(images)
+
+    # -- early exits ----------------------------------------------------------------------------
+
+    def early_exits(self, images: Inputs, names: Sequence[str] | None = None) -> EarlyExits:
+        """The blocks at which images may leave, and the temperatures of their logits.
+
+        Arguments:
+            images: a batch, on which they are found the first time, and whenever other names are
+                given.
+            names: of the blocks that are to be exits; None takes those of the last time, or all
+                that can be.
+
+        Raises:
+            UserError: a rule without local logits, or a model that images can't leave early.
+        """
+        self.build(images)
+        if self._exits is None or (names is not None and (*names, OUTPUT) != self._exits.names):
+            units = [unit for unit in self._units if isinstance(unit, GenericUnit)]
+            if not any(unit.has_loss for unit in units):
+                raise UserError(
+                    f"rule {self.rule.name!r} has no local losses, and so no block that classifies "
+                    f"by itself, at which an image could leave. The LLS family and local-losses do."
+                )
+            images = self._before_inference(images)
+            with self._autocast(self._device.type):
+                exits = EarlyExits(self.model, units, self.num_classes, images, names)
+            if self._exits is not None and self._exits.is_calibrated:
+                exits.set_temperatures(self._exits.temperatures)
+            self._exits = exits
+        return self._exits
+
+    def exit_logits(self, images: Inputs) -> dict[str, Tensor]:
+        """Exit name -> logits (N, K), not below float32, of an inference that no image leaves; the
+        network's own come last, under "output".
+
+        Raises:
+            UserError: as :meth:`early_exits`.
+        """
+        exits = self.early_exits(images)
+        images = self._before_inference(images)
         with self._autocast(self._device.type):
-            logits = logits_of(call_model(self.model, images))
-        return logits if logits.dtype == torch.float64 else logits.float()
+            return exits.logits(images)
+
+    def calibrate_exits(self, batches: Iterable[tuple[Inputs, Tensor]]) -> dict[str, Calibration]:
+        """Fit the temperature of each exit, so that its probabilities mean what they say.
+
+        To be done once after training: the logits of the LLS family lie between -2 and 2, at which
+        no softmax is sure of anything. More training makes the temperatures old.
+
+        Arguments:
+            batches: (images, labels), held out of the training.
+
+        Returns:
+            Exit name -> its temperature, and the calibration error before and after.
+
+        Raises:
+            UserError: as :meth:`early_exits`, or no batch.
+        """
+        logits: dict[str, list[Tensor]] = {}
+        labels: list[Tensor] = []
+        for images, of_images in batches:
+            for name, of_exit in self.exit_logits(images).items():
+                logits.setdefault(name, []).append(of_exit)
+            labels.append(of_images)
+        if not labels:
+            raise UserError("calibrate_exits needs at least one batch, got none.")
+        found = calibrate(
+            {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(labels)
+        )
+        assert self._exits is not None
+        self._exits.set_temperatures({name: each.temperature for name, each in found.items()})
+        return found
+
+    def predict(
+        self,
+        images: Inputs,
+        *,
+        exit_threshold: float | None = None,
+        exits: Sequence[str] | None = None,
+    ) -> Prediction:
+        """Inference that stops, for each image, at the first block that is sure of it.
+
+        Images that have left are not computed further: the batch that goes on is the smaller.
+
+        Arguments:
+            images: as :meth:`step` takes them.
+            exit_threshold: the probability, in [0, 1], at which a block's word is taken; None runs
+                the whole network. Meant for calibrated exits (:meth:`calibrate_exits`).
+            exits: names of the blocks at which images may leave; see :meth:`early_exits`.
+
+        Returns:
+            Prediction: probabilities (N, K), classes, confidence, and where each image left.
+
+        Raises:
+            UserError: as :meth:`early_exits`, or a threshold out of range.
+        """
+        if exit_threshold is None:
+            probabilities = self(images).softmax(dim=1)
+            at_end = torch.zeros(len(probabilities), dtype=torch.int64, device=probabilities.device)
+            return Prediction(probabilities, at_end, (OUTPUT,))
+        if not 0.0 <= exit_threshold <= 1.0:
+            raise UserError(f"exit_threshold must be in [0, 1], got {exit_threshold}.")
+        found = self.early_exits(images, exits)
+        if not found.is_calibrated and not self._has_said_uncalibrated:
+            self._has_said_uncalibrated = True
+            _log.warning(
+                "the exits are not calibrated: their probabilities may never come up to %s, or "
+                "too soon. Call calibrate_exits with images that were held out of the training.",
+                exit_threshold,
+            )
+        images = self._before_inference(images)
+        with self._on_device(), self._autocast(self._device.type):
+            return found.predict(images, exit_threshold)
+
+    # -- training -------------------------------------------------------------------------------
 
     def step(self, images: Inputs, labels: Tensor) -> StepResult:
         """One training step: the forward, and every update.

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locallearn.errors import UserError
@@ -121,6 +122,18 @@ class LocalHead(nn.Module):
         assert h.grad is not None, "the local loss does not depend on what the head was given"
         return LocalSignal(loss.detach(), None if logits is None else logits.detach(), h.grad)
 
+    def logits(self, features: Tensor) -> Tensor | None:
+        """The local logits (N, K) of what the head is given, where nobody knows the labels; None
+        of a rule without. Equal to those of :meth:`signal`, which must not depend on labels.
+
+        Arguments:
+            features: as :meth:`signal` takes them.
+        """
+        if not self.has_loss:
+            return None
+        labels = torch.zeros(len(features), dtype=torch.int64, device=features.device)
+        return self.loss(features, labels)[1]
+
 
 class LatentHead(LocalHead):
     """The part of a latent rule that belongs to one block.
@@ -179,6 +192,11 @@ class ProjectionHead(LatentHead):
     def projection(self) -> Tensor:
         """D, (K, T), as a differentiable function of the head's parameters (if it has any)."""
         raise NotImplementedError
+
+    def logits(self, features: Tensor) -> Tensor:
+        if self.normalize:
+            features = F.normalize(features, dim=1)
+        return features @ self.projection().T / self.temperature
 
     def projection_backward(self, grad_projection: Tensor) -> None:
         """Add to the parameters' ``.grad`` what dL/dD (K, T) means for them.

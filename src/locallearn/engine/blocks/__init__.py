@@ -32,7 +32,7 @@ from locallearn.engine.blocks.recognition import (
     recognize,
 )
 from locallearn.engine.blocks.standing_in import standing_in
-from locallearn.engine.blocks.trace import Inputs, call_model, few, num_inputs
+from locallearn.engine.blocks.trace import Inputs, call_model, evaluating, few, num_inputs
 
 __all__ = [
     "NORMS",
@@ -51,6 +51,7 @@ __all__ = [
     "call_model",
     "choose",
     "cut_at_head",
+    "evaluating",
     "few",
     "forwards_through",
     "modules_of",

@@ -54,11 +54,13 @@ class GenericUnit(BlockUnit):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self._layout = layout
+        self.layout = layout
         self._reads_loose = reads_loose
         # Bound here, while the blocks' own forwards are in place.
         halves = cut_at_head(self.block, head_after_pool=head_after_pool)
         self._activation: Callable[..., Any] = halves.activation
+        # Batches of inference come in any size, for each of which one would be compiled.
+        self._infer_activation = halves.activation
         self._downsample = halves.downsample
         self._leading: list[Callable[..., Any]] = [leader.forward for leader in self.leaders]
         # Leaders that have run in this step: number, output, and the leaf that the model was given.
@@ -114,7 +116,7 @@ class GenericUnit(BlockUnit):
 
     def run(self, num_images: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """The view of what the head reads, with its graph, which ends at the block's (or group's)
-        input, and what the block hands on, without one."""
+        input, and what the block hands on, without one. In training."""
         if [number for number, _, _ in self._led] != list(range(len(self.leaders))):
             raise UserError(
                 f"the {len(self.leaders) + 1} blocks that learn together up to {self.name!r} do "
@@ -123,23 +125,34 @@ class GenericUnit(BlockUnit):
             )
         if not self.leaders:
             args, kwargs = self._entering(args, kwargs)
-        output = self._activation(*args, **kwargs)
+        view, handed_on = self._read(num_images, self._activation(*args, **kwargs))
+        self.num_elements = view.numel()
+        return view, handed_on
+
+    def infer(self, num_images: int, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Any]:
+        """The local logits, (N, K), and what the block hands on; logits are None of a head that
+        has none. For inference: in evaluation mode, without a graph."""
+        view, handed_on = self._read(num_images, self._infer_activation(*args, **kwargs))
+        with torch.autocast(view.device.type, enabled=False):
+            assert isinstance(self.head, LocalHead)
+            return self.head.logits(self._seen(view)), handed_on
+
+    def _read(self, num_images: int, output: Any) -> tuple[Tensor, Any]:
+        """The view of what the head reads, and what the block hands on, without a graph."""
         if isinstance(output, Tensor):
             read, handed_on = output, self._hand_on(output.detach())
         else:
             place = output_place(output, self.name)
             read = tree_leaves(output)[place]
             handed_on = replaced(output, place, read.detach())
-        num_entries = read.shape[self._layout.batch_dim]
+        num_entries = read.shape[self.layout.batch_dim]
         if num_entries == 0 or num_entries % num_images != 0:
             raise UserError(
                 f"block {self.name!r} yields shape {tuple(read.shape)} for {num_images} images: "
                 f"no entry for each of them, as when only some are sent through it. Choose other "
                 f"blocks (blocks=[...]), such as the module around it."
             )
-        view = self._layout.view(read, num_images)
-        self.num_elements = view.numel()
-        return view, handed_on
+        return self.layout.view(read, num_images), handed_on
 
     def _hand_on(self, hidden: Tensor) -> Tensor:
         """The block's output, of what the head reads."""
@@ -173,14 +186,16 @@ class GenericUnit(BlockUnit):
     def _signal_of(self, hidden: Tensor, labels: Tensor) -> tuple[UnitSignal, Tensor]:
         """What the head says, and dL/dh in h's dtype."""
         assert isinstance(self.head, LocalHead)
-        is_latent = isinstance(self.head, LatentHead)
-        seen = pool_latents(hidden, self.latent_size) if is_latent else hidden
-        if seen.dtype in _LOW_PRECISION:
-            seen = seen.float()
-        loss, logits, grad = self.head.signal(seen, labels)
-        if is_latent:
+        loss, logits, grad = self.head.signal(self._seen(hidden), labels)
+        if isinstance(self.head, LatentHead):
             grad = unpool_latents(grad, hidden, self.latent_size)
         return UnitSignal(loss, logits, num_correct(logits, labels)), grad.to(hidden.dtype)
+
+    def _seen(self, hidden: Tensor) -> Tensor:
+        """What the head is given of h: its pooled latents or all of it, not below float32."""
+        is_latent = isinstance(self.head, LatentHead)
+        seen = pool_latents(hidden, self.latent_size) if is_latent else hidden
+        return seen.float() if seen.dtype in _LOW_PRECISION else seen
 
 
 def _has_graph(inputs: Any) -> bool:
