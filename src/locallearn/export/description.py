@@ -70,6 +70,7 @@ class Description:
         mean, std: of each channel, of pixel values in [0, 1]: what the network's input was
             normalised by; empty where that is not known.
         exits: outputs besides the logits, in the order of the forward.
+        temperature: of the logits, as of an exit's.
         quantization: how the weights and activations were made int8; None of a float32 file.
     """
 
@@ -80,6 +81,7 @@ class Description:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     exits: tuple[Exit, ...] = ()
+    temperature: float = 1.0
     quantization: str | None = None
 
     @property
@@ -129,7 +131,7 @@ class Description:
                 "resize": self.origin.resize,
             },
             "outputs": [
-                {"name": LOGITS, "block": None, "temperature": 1.0},
+                {"name": LOGITS, "block": None, "temperature": self.temperature},
                 *(
                     {"name": each.name, "block": each.block, "temperature": each.temperature}
                     for each in self.exits
@@ -178,6 +180,7 @@ class Description:
                     Exit(each["name"], each["block"], each["temperature"])
                     for each in value["outputs"][1:]
                 ),
+                temperature=value["outputs"][0]["temperature"],
                 quantization=value["quantization"],
             )
         except UserError:

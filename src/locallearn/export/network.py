@@ -1,4 +1,4 @@
-"""The network as a device runs it, traced by torch.export.
+"""The network as it runs on a device that does not train, traced by torch.export.
 
 Shapes: N batch, C channels, H W height and width, K classes.
 """
@@ -6,7 +6,6 @@ Shapes: N batch, C channels, H W height and width, K classes.
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -14,9 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.passes import move_to_device_pass
 
 from locallearn.engine import LocalLearner
 from locallearn.engine.blocks import call_model
+from locallearn.engine.exits import OUTPUT, EarlyExits
 from locallearn.engine.procedures import logits_of
 from locallearn.errors import UserError
 from locallearn.export.description import INPUT, LOGITS, Description
@@ -26,39 +27,33 @@ NUM_TRACED = 3
 
 
 class DeviceNetwork(nn.Module):
-    """A copy of a learner's network: on the CPU, in float32, in evaluation mode.
+    """A learner's network, and in front of it what turns pixels into what it was trained on.
 
     Arguments:
         learner: in evaluation mode.
-        description: says what the network takes, and which outputs it yields.
-
-    Raises:
-        UserError: a model that can't be copied.
+        exits: blocks whose local logits are outputs too; None for none.
+        description: says what the network takes.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, learner: LocalLearner, description: Description) -> None:
+    def __init__(
+        self, learner: LocalLearner, exits: EarlyExits | None, description: Description
+    ) -> None:
         super().__init__()
-        try:
-            model = copy.deepcopy(learner.model)
-        except Exception as error:  # whatever a module of another make says against it
-            raise UserError(
-                f"{type(learner.model).__name__} can't be copied, and so not exported: "
-                f"{first_line(error)}."
-            ) from error
-        self.model = model.cpu().float().eval()
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            tensor.data = tensor.data.contiguous()
-            tensor.requires_grad_(False)
+        self.model = learner.model
+        # The exits' heads: what a module computes with must lie in it, for torch to export it.
+        self.heads = learner.heads if exits is not None else nn.ModuleList()
+        self._exits = exits
         self._takes_pixels = description.takes_pixels
         if self._takes_pixels:
             # As the op `augment` makes a batch of pixels.
-            mean, std = torch.tensor(description.mean), torch.tensor(description.std)
+            device = next(self.model.parameters()).device
+            mean = torch.tensor(description.mean, device=device)
+            std = torch.tensor(description.std, device=device)
             self.register_buffer("scale", (1 / (255 * std)).view(-1, 1, 1))
             self.register_buffer("shift", (-mean / std).view(-1, 1, 1))
-        self.eval()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Output name -> logits (N, K), float32.
@@ -68,14 +63,43 @@ class DeviceNetwork(nn.Module):
         """
         if self._takes_pixels:
             images = images.permute(0, 3, 1, 2).float() * self.scale + self.shift
-        return {LOGITS: logits_of(call_model(self.model, images))}
+        return outputs_of(self.model, self._exits, images)
+
+
+def outputs_of(model: nn.Module, exits: EarlyExits | None, inputs: Tensor) -> dict[str, Tensor]:
+    """Output name -> logits (N, K): the network's own, and those of each exit.
+
+    Arguments:
+        model: in evaluation mode.
+        exits: of the model, or None.
+        inputs: as the model takes them.
+    """
+    if exits is None:
+        return {LOGITS: logits_of(call_model(model, inputs))}
+    found = exits.logits(inputs)
+    return {LOGITS: found.pop(OUTPUT), **{output_name(name): found[name] for name in found}}
+
+
+def output_name(block: str) -> str:
+    """Of a block's local logits in a file."""
+    return f"{block}.logits" if block in (INPUT, LOGITS) else block
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Raises UserError for weights that are not float32."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise UserError(
+                f"{name!r} is {parameter.dtype}; a file holds float32 weights, so export the "
+                f"learner of model.float()."
+            )
 
 
 def trace(network: nn.Module, example: Tensor) -> ExportedProgram:
     """The network as a graph, for batches of any size.
 
     Arguments:
-        network: in evaluation mode, on the CPU.
+        network: in evaluation mode, of any device; the graph is the CPU's.
         example: a batch as it takes them; at least one.
 
     Raises:
@@ -89,10 +113,16 @@ def trace(network: nn.Module, example: Tensor) -> ExportedProgram:
                 network, (example,), dynamic_shapes={INPUT: {0: batch}}, strict=False
             )
     except Exception as error:  # of torch's many kinds, or of the model's own forward
+        if "Constraints violated" in str(error):
+            raise UserError(
+                "the model's forward fixes the number of images: the file could take no other. "
+                "len(images) and int(images.shape[0]) do that; use images.shape[0] as it is."
+            ) from error
         raise UserError(
-            f"torch.export can't follow the model's forward for batches of any size: "
-            f"{first_line(error)}."
+            f"torch.export can't follow the model's forward: {first_line(error)}."
         ) from error
+    if example.device.type != "cpu":
+        program = move_to_device_pass(program, "cpu")
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:

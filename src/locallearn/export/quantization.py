@@ -40,13 +40,14 @@ def int8_content(
     tools = load_onnx_package("onnxruntime.quantization")
     method = tools.CalibrationMethod.MinMax
     with tempfile.TemporaryDirectory(prefix="locallearn-") as directory:
-        prepared, target = Path(directory, "prepared.onnx"), Path(directory, "int8.onnx")
+        # Files, since the tools lose the weights of a model that is handed to them in memory.
+        names = ("float32.onnx", "prepared.onnx", "int8.onnx")
+        source, prepared, target = (Path(directory, name) for name in names)
+        source.write_bytes(content)
         try:
             with quietly():
                 # Without its own inference of shapes: the exporter has left them in the file.
-                tools.quant_pre_process(
-                    onnx.load_from_string(content), str(prepared), skip_symbolic_shape=True
-                )
+                tools.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
                 tools.quantize_static(
                     str(prepared),
                     str(target),

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from locallearn.engine import LocalLearner
-from locallearn.engine.blocks import call_model
-from locallearn.engine.procedures import logits_of
+from locallearn.engine.exits import EarlyExits
 from locallearn.errors import UserError
 from locallearn.export.description import LOGITS
 from locallearn.export.files import ExportedModel
+from locallearn.export.network import outputs_of
 
 # Batches that a file must take: one image, an odd few, and many.
 BATCH_SIZES = (1, 3, 32)
@@ -105,19 +105,23 @@ class Comparison:
 
 
 class Reference:
-    """A learner's network in float32, as the file is to be: output name -> logits (N, K).
+    """A learner's network in float32, as the file is to be.
 
     Arguments:
-        learner: on the CPU, in evaluation mode.
+        learner: in evaluation mode.
+        exits: whose logits are outputs too; None for none.
     """
 
-    def __init__(self, learner: LocalLearner) -> None:
-        self._learner = learner
+    def __init__(self, learner: LocalLearner, exits: EarlyExits | None) -> None:
+        self._model = learner.model
+        self._exits = exits
+        self._device = next(learner.model.parameters()).device
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Of images as the learner takes them."""
-        return {LOGITS: logits_of(call_model(self._learner.model, inputs)).float()}
+        """Output name -> logits (N, K), on the CPU, of images as the learner takes them."""
+        outputs = outputs_of(self._model, self._exits, inputs.to(self._device))
+        return {name: logits.cpu() for name, logits in outputs.items()}
 
 
 def compare(

@@ -131,7 +131,7 @@ class LocalHead(nn.Module):
         """
         if not self.has_loss:
             return None
-        labels = torch.zeros(len(features), dtype=torch.int64, device=features.device)
+        labels = torch.zeros(features.shape[0], dtype=torch.int64, device=features.device)
         return self.loss(features, labels)[1]
 
 

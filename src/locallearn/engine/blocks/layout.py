@@ -59,12 +59,13 @@ class Layout:
         """
         h = output.movedim(self.batch_dim, 0)
         feature_dim = self.feature_dim + (1 if self.feature_dim < self.batch_dim else 0)
-        if len(h) % num_images != 0:
+        num_entries = h.shape[0]  # no len(), which fixes it where torch.export looks on
+        if num_entries % num_images != 0:
             raise UserError(
                 f"a block yields shape {tuple(output.shape)} for {num_images} images, of which "
                 f"dimension {self.batch_dim} was the batch when the blocks were found."
             )
-        if len(h) != num_images or self.parts is not Parts.NONE:
+        if num_entries != num_images or self.parts is not Parts.NONE:
             if self.parts is Parts.OF_ALL_IMAGES:
                 h = h.reshape(-1, num_images, *h.shape[1:]).movedim(1, 0)
             else:

@@ -38,9 +38,10 @@ def num_inputs(inputs: Inputs) -> int:
     tensors = tensors_of(inputs)
     if not tensors or tensors[0].ndim == 0:
         raise UserError("the model's input holds no tensor with a batch dimension.")
-    if len(tensors[0]) == 0:
+    num: int = tensors[0].shape[0]  # no len(), which fixes it where torch.export looks on
+    if num == 0:
         raise UserError(f"the batch is empty: its shape is {tuple(tensors[0].shape)}.")
-    return len(tensors[0])
+    return num
 
 
 def few(inputs: Inputs, most: int = _MAX_TRACED) -> Inputs:
