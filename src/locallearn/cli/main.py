@@ -17,6 +17,7 @@ from locallearn.cli import (
     cost,
     doctor,
     evaluate,
+    export,
     listing,
     predict,
     report,
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("export")(export.export)
 app.command("reproduce")(reproduce.reproduce)
 app.command("bench")(bench.bench)
 app.command("blocks")(blocks.blocks)

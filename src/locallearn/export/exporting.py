@@ -17,7 +17,7 @@ from locallearn.engine import LocalLearner
 from locallearn.engine.exits import EarlyExits
 from locallearn.engine.files import check_target, write_atomically
 from locallearn.errors import UserError
-from locallearn.export.description import LOGITS, Description, Exit, Origin
+from locallearn.export.description import Description, Exit, Origin
 from locallearn.export.files import (
     DEFAULT_OPSET,
     ONNX_SUFFIX,
@@ -145,9 +145,9 @@ def quantize_onnx(source: str | Path, path: str | Path, images: Tensor) -> Descr
     content = Path(source).read_bytes()
     description = OnnxModel(content, str(source)).description
     _check_images(images, description.takes_pixels)
-    int8, made = int8_content(content, description, images.split(_BATCH_SIZE), len(images))
+    int8, model = int8_content(content, description, images.split(_BATCH_SIZE), len(images))
     write_atomically(Path(path), int8)
-    return made
+    return model.description
 
 
 def _export(
@@ -180,9 +180,7 @@ def _export(
     device = next(learner.model.parameters()).device
     learner(inputs[:3].to(device))  # at the weights and statistics that it evaluates at
     found = learner.early_exits(inputs[:3].to(device)) if exits else None
-    origin = Origin(
-        type(learner.model).__name__, learner.rule.name, class_names=tuple(class_names)
-    )
+    origin = Origin(type(learner.model).__name__, learner.rule.name, class_names=tuple(class_names))
     description = Description(
         origin,
         takes_pixels,

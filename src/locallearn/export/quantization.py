@@ -11,7 +11,7 @@ from torch import Tensor
 
 from locallearn.errors import UserError
 from locallearn.export.description import INPUT, Description
-from locallearn.export.files import load_onnx_package, serialized
+from locallearn.export.files import OnnxModel, load_onnx_package, serialized
 from locallearn.export.network import first_line, quietly
 
 # How it is made, as the file says it.
@@ -20,8 +20,8 @@ HOW = "static QDQ, int8 weights by channel, int8 activations, ranges by {method}
 
 def int8_content(
     content: bytes, description: Description, calibration: Iterable[Tensor], num_images: int
-) -> tuple[bytes, Description]:
-    """The int8 file of a float32 one, and its description.
+) -> tuple[bytes, OnnxModel]:
+    """The content of the int8 file of a float32 one, and what it does, loaded from there.
 
     Weights get a scale for each output channel, activations one for each tensor, from the ranges
     seen on the calibration images. Quantize and dequantize nodes stand around each operator, which
@@ -66,7 +66,8 @@ def int8_content(
                 f"onnxruntime can't quantise the network: {first_line(error)}. Leave out --int8."
             ) from error
     made = description.quantized(HOW.format(method=method.name, num=num_images))
-    return serialized(proto, made), made
+    int8 = serialized(proto, made)
+    return int8, OnnxModel(int8)
 
 
 def _reader(tools: Any, calibration: Iterable[Tensor]) -> Any:

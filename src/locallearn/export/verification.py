@@ -99,8 +99,8 @@ class Comparison:
             if not difference <= tolerance:
                 raise UserError(
                     f"the exported file is not the network: output {name!r} differs by up to "
-                    f"{difference:.2g} on {self.num_images:,} images, and --tolerance is "
-                    f"{tolerance:g}. Nothing was written."
+                    f"{difference:.2g} on {self.num_images:,} images, and the tolerance "
+                    f"is {tolerance:g}. Nothing was written."
                 )
 
 
@@ -125,7 +125,9 @@ class Reference:
 
 
 def compare(
-    exported: ExportedModel, reference: Callable[[Tensor], dict[str, Tensor]], batches: Iterable[Checked]
+    exported: ExportedModel,
+    reference: Callable[[Tensor], dict[str, Tensor]],
+    batches: Iterable[Checked],
 ) -> Comparison:
     """The two on the same batches."""
     comparison = Comparison()
@@ -142,7 +144,7 @@ def batches_of_sizes(batch: Checked) -> Iterator[Checked]:
 
 
 def times_in_turn_ms(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Name -> median time of a call, ms; each is called once in each round, after one to warm up."""
+    """Name -> median time of a call, ms; in each round each is called once, after a first one."""
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
