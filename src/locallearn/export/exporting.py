@@ -145,7 +145,7 @@ def quantize_onnx(source: str | Path, path: str | Path, images: Tensor) -> Descr
     content = Path(source).read_bytes()
     description = OnnxModel(content, str(source)).description
     _check_images(images, description.takes_pixels)
-    int8, model = int8_content(content, description, images.split(_BATCH_SIZE), len(images))
+    int8, model = int8_content(content, description, torch.split(images, _BATCH_SIZE), len(images))
     write_atomically(Path(path), int8)
     return model.description
 

@@ -15,7 +15,25 @@ from locallearn.export.files import OnnxModel, load_onnx_package, serialized
 from locallearn.export.network import first_line, quietly
 
 # How it is made, as the file says it.
-HOW = "static QDQ, int8 weights by channel, int8 activations, ranges by {method} of {num} images"
+HOW = (
+    "static, QDQ: int8 weights within 7 bits and by channel, uint8 activations; ranges from the "
+    "least to the greatest value of {num} images"
+)
+
+# Layers, and what stands between them; what the exits' heads do with norms stays in float32.
+_QUANTIZED = (
+    "Conv",
+    "Gemm",
+    "MatMul",
+    "Add",
+    "Concat",
+    "Relu",
+    "LeakyRelu",
+    "Clip",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+)
 
 
 def int8_content(
@@ -38,7 +56,6 @@ def int8_content(
     """
     onnx = load_onnx_package("onnx")
     tools = load_onnx_package("onnxruntime.quantization")
-    method = tools.CalibrationMethod.MinMax
     with tempfile.TemporaryDirectory(prefix="locallearn-") as directory:
         # Files, since the tools lose the weights of a model that is handed to them in memory.
         names = ("float32.onnx", "prepared.onnx", "int8.onnx")
@@ -53,10 +70,15 @@ def int8_content(
                     str(target),
                     _reader(tools, calibration),
                     quant_format=tools.QuantFormat.QDQ,
+                    op_types_to_quantize=list(_QUANTIZED),
+                    nodes_to_exclude=_clipped_norms(onnx.load(str(prepared))),
                     per_channel=True,
-                    activation_type=tools.QuantType.QInt8,
+                    # Products of 8 by 8 bits overflow the 16 bits that processors without VNNI
+                    # add two of them in: SmallConv lost 4 points of accuracy to that on CIFAR-10.
+                    reduce_range=True,
+                    activation_type=tools.QuantType.QUInt8,
                     weight_type=tools.QuantType.QInt8,
-                    calibrate_method=method,
+                    calibrate_method=tools.CalibrationMethod.MinMax,
                 )
                 proto = onnx.load(str(target))
         except UserError:
@@ -65,9 +87,21 @@ def int8_content(
             raise UserError(
                 f"onnxruntime can't quantise the network: {first_line(error)}. Leave out --int8."
             ) from error
-    made = description.quantized(HOW.format(method=method.name, num=num_images))
+    made = description.quantized(HOW.format(num=num_images))
     int8 = serialized(proto, made)
     return int8, OnnxModel(int8)
+
+
+def _clipped_norms(proto: Any) -> list[str]:
+    """Names of the nodes that keep a norm from zero: in eight bits a small one would be zero."""
+    norms = {
+        name for node in proto.graph.node if node.op_type == "ReduceL2" for name in node.output
+    }
+    return [
+        node.name
+        for node in proto.graph.node
+        if node.op_type in ("Clip", "Max") and norms & set(node.input)
+    ]
 
 
 def _reader(tools: Any, calibration: Iterable[Tensor]) -> Any:
