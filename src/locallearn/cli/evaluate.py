@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from locallearn.cli.exits import ExitOptions, evaluate_exits
 from locallearn.cli.options import (
     BatchSizeOption,
     CacheOption,
@@ -31,19 +32,50 @@ _NUM_CONFUSIONS = 10
 def evaluate(
     run: WeightsArgument,
     split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
+    early_exit: Annotated[
+        bool,
+        typer.Option(
+            "--early-exit",
+            help="Look at the blocks' heads as early exits instead: accuracy against cost, "
+            "calibration, time. Writes exits.json into the run directory.",
+        ),
+    ] = False,
+    exit_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="--early-exit: probability at which images leave. Default: the cheapest that "
+            "loses no more than --max-drop on the held-out images.",
+            show_default=False,
+        ),
+    ] = None,
+    max_drop: Annotated[
+        float,
+        typer.Option(help="--early-exit: accuracy that may be lost, percentage points."),
+    ] = 0.5,
+    exits: Annotated[
+        str | None,
+        typer.Option(
+            help="--early-exit: blocks at which images may leave, by commas. Default: all.",
+            show_default=False,
+        ),
+    ] = None,
     data_dir: DataDirOption = None,
     cache: CacheOption = None,
     batch_size: BatchSizeOption = 256,
     device: DeviceOption = "auto",
     plot: Annotated[
         str | None,
-        typer.Option(help="Write the confusion matrix as a picture.", metavar="FILE.png"),
+        typer.Option(
+            help="Write the confusion matrix (or the exits' curve) as a picture.",
+            metavar="FILE.png",
+        ),
     ] = None,
     json: Annotated[
         str | None, typer.Option(help="Write all figures as JSON.", metavar="FILE.json")
     ] = None,
 ) -> None:
-    """Accuracy, per-class accuracy and the confusion matrix of a trained network."""
+    """Accuracy, per-class accuracy and the confusion matrix of a trained network; or, with
+    --early-exit, what its blocks' heads save as early exits."""
     import torch
 
     from locallearn.engine import choose_device
@@ -59,6 +91,10 @@ def evaluate(
     for given, name in ((plot, "--plot"), (json, "--json")):
         if given is not None:
             check_target(Path(given), name)
+    if early_exit and split != "test":
+        raise UserError("--early-exit looks at the test images; leave out --split.")
+    if not early_exit and (exit_threshold is not None or exits is not None):
+        raise UserError("--exit-threshold and --exits are for --early-exit.")
     place = torch.device(choose_device(device))
     trained = load_run(run)
     dataset = load_run_data(trained, data_dir, cache)
@@ -68,6 +104,10 @@ def evaluate(
     learner = trained.learner.to(place)
     if trained.needs_recalibration:
         recalibrate(learner, training_loader(trained.config.settings, dataset, place))
+    if early_exit:
+        options = ExitOptions(exit_threshold, max_drop, exits, batch_size)
+        evaluate_exits(trained, Path(run), dataset, place, options, plot, json)
+        return
     loader = evaluation_loader(source, dataset, batch_size, place)
     result = evaluate_on(learner, loader, len(trained.config.class_names))
 

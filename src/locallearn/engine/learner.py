@@ -217,6 +217,7 @@ class LocalLearner(nn.Module):
         self._recent: deque[Inputs] = deque(maxlen=recalibration_batches)
         self._is_stale = False
         self._has_two_points = False
+        self.exit_temperatures: dict[str, float] = {}  # none until the exits are calibrated
         self._exits: EarlyExits | None = None
         self._has_said_uncalibrated = False
         self._blocks: Blocks = "auto" if blocks is None else blocks
@@ -492,7 +493,7 @@ class LocalLearner(nn.Module):
     # -- early exits ----------------------------------------------------------------------------
 
     def early_exits(self, images: Inputs, names: Sequence[str] | None = None) -> EarlyExits:
-        """The blocks at which images may leave, and the temperatures of their logits.
+        """The blocks at which images may leave.
 
         Arguments:
             images: a batch, on which they are found the first time, and whenever other names are
@@ -513,10 +514,7 @@ class LocalLearner(nn.Module):
                 )
             images = self._before_inference(images)
             with self._autocast(self._device.type):
-                exits = EarlyExits(self.model, units, self.num_classes, images, names)
-            if self._exits is not None and self._exits.is_calibrated:
-                exits.set_temperatures(self._exits.temperatures)
-            self._exits = exits
+                self._exits = EarlyExits(self.model, units, self.num_classes, images, names)
         return self._exits
 
     def exit_logits(self, images: Inputs) -> dict[str, Tensor]:
@@ -554,11 +552,9 @@ class LocalLearner(nn.Module):
             labels.append(of_images)
         if not labels:
             raise UserError("calibrate_exits needs at least one batch, got none.")
-        found = calibrate(
-            {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(labels)
-        )
-        assert self._exits is not None
-        self._exits.set_temperatures({name: each.temperature for name, each in found.items()})
+        gathered = {name: torch.cat(parts) for name, parts in logits.items()}
+        found = calibrate(gathered, torch.cat(labels))
+        self.exit_temperatures = {name: each.temperature for name, each in found.items()}
         return found
 
     def predict(
@@ -591,7 +587,7 @@ class LocalLearner(nn.Module):
         if not 0.0 <= exit_threshold <= 1.0:
             raise UserError(f"exit_threshold must be in [0, 1], got {exit_threshold}.")
         found = self.early_exits(images, exits)
-        if not found.is_calibrated and not self._has_said_uncalibrated:
+        if not self.exit_temperatures and not self._has_said_uncalibrated:
             self._has_said_uncalibrated = True
             _log.warning(
                 "the exits are not calibrated: their probabilities may never come up to %s, or "
@@ -600,7 +596,7 @@ class LocalLearner(nn.Module):
             )
         images = self._before_inference(images)
         with self._on_device(), self._autocast(self._device.type):
-            return found.predict(images, exit_threshold)
+            return found.predict(images, exit_threshold, self.exit_temperatures)
 
     # -- training -------------------------------------------------------------------------------
 

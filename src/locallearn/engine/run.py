@@ -6,6 +6,7 @@
     tensorboard/       the same as TensorBoard events
     model.safetensors  the trained weights, at the end
     summary.json       the results, at the very end: its presence means "finished"
+    exits.json         temperatures of the early exits, once `evaluate --early-exit` has fitted them
 
 The checkpoint holds the rows so far, and metrics.csv is written anew from them each epoch: after
 a kill at any moment the two agree as soon as the run goes on.
@@ -135,6 +136,7 @@ class RunDirectory:
         self.tensorboard_path = path / "tensorboard"
         self.model_path = path / "model.safetensors"
         self.summary_path = path / "summary.json"
+        self.exits_path = path / "exits.json"
 
     @property
     def is_finished(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from locallearn.engine.building import build_learner
+from locallearn.engine.exits import ExitRecord
 from locallearn.engine.files import write_atomically
 from locallearn.engine.learner import LocalLearner
 from locallearn.engine.optimizers import optimizer_spec
@@ -65,6 +67,31 @@ def save_weights(path: Path, learner: LocalLearner, config: RunConfig) -> None:
     }
     metadata = {_METADATA_KEY: json.dumps(config.to_json())}
     write_atomically(path, save(copies, metadata=metadata))
+
+
+def weights_digest(learner: LocalLearner) -> str:
+    """sha256 of the model's tensors as they are now, in its own order."""
+    digest = hashlib.sha256()
+    for name, tensor in learner.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_exits(trained: Trained, run: Path) -> ExitRecord | None:
+    """The exits' temperatures and threshold of a run directory, given to its learner; None where
+    there are none, or they are of other weights.
+
+    Raises:
+        UserError: an exits.json that can't be read.
+    """
+    if not run.is_dir():
+        return None
+    record = ExitRecord.read(RunDirectory(run).exits_path)
+    if record is None or record.weights != weights_digest(trained.learner):
+        return None
+    trained.learner.exit_temperatures = dict(record.temperatures)
+    return record
 
 
 def load_trained(path: Path) -> Trained:

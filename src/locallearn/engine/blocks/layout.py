@@ -49,6 +49,11 @@ class Layout:
     is_sequence: bool = False
     parts: Parts = Parts.NONE
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is (N, C, ...)."""
+        return self.batch_dim == 0 and self.feature_dim == 1 and self.parts is Parts.NONE
+
     def view(self, output: Tensor, num_images: int) -> Tensor:
         """(N, F), or (N, C, H, W) with what is left of other shapes spread over H and W.
 
@@ -57,6 +62,8 @@ class Layout:
         Raises:
             UserError: the batch dimension is no multiple of N.
         """
+        if self.is_plain and len(output) == num_images and output.ndim in (2, 4):
+            return output
         h = output.movedim(self.batch_dim, 0)
         feature_dim = self.feature_dim + (1 if self.feature_dim < self.batch_dim else 0)
         num_entries = h.shape[0]  # no len(), which fixes it where torch.export looks on

@@ -11,11 +11,13 @@ from locallearn.engine.exits.calibration import (
     fit_temperature,
 )
 from locallearn.engine.exits.network import OUTPUT, EarlyExits, Prediction
+from locallearn.engine.exits.record import ExitRecord
 
 __all__ = [
     "OUTPUT",
     "Calibration",
     "EarlyExits",
+    "ExitRecord",
     "Prediction",
     "calibrate",
     "expected_calibration_error",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 from locallearn.engine.blocks import (
     Inputs,
@@ -86,8 +87,6 @@ class EarlyExits:
 
     Attributes:
         names: of the exits, in the order of the forward, :data:`OUTPUT` at the end.
-        temperatures: exit name -> what its logits are divided by; 1 until they are calibrated.
-        is_calibrated: whether they are.
 
     Raises:
         UserError: a name that is no exit, or none at all.
@@ -124,13 +123,6 @@ class EarlyExits:
             )
         self._units = sound
         self.names = (*sound, OUTPUT)
-        self.temperatures = dict.fromkeys(self.names, 1.0)
-        self.is_calibrated = False
-
-    def set_temperatures(self, temperatures: Mapping[str, float]) -> None:
-        """Take over what :func:`calibrate` has found; exits that it does not name keep theirs."""
-        self.temperatures |= {n: t for n, t in temperatures.items() if n in self.temperatures}
-        self.is_calibrated = True
 
     @torch.no_grad()
     def logits(self, images: Inputs) -> dict[str, Tensor]:
@@ -140,7 +132,29 @@ class EarlyExits:
         return {**logits, OUTPUT: not_below_float32(output)}
 
     @torch.no_grad()
-    def predict(self, images: Inputs, threshold: float) -> Prediction:
+    def num_macs(self, images: Inputs) -> dict[str, int]:
+        """Exit name -> multiply-accumulates of an image that leaves there: of all layers and heads
+        that it has come by (matrix products, convolutions, attention; torch's own counter).
+
+        Arguments:
+            images: a batch.
+        """
+        num = num_inputs(images)
+        with FlopCounterMode(display=False) as counter:
+            noted: dict[str, int] = {}
+
+            def note(name: str) -> None:
+                noted[name] = counter.get_total_flops() // (2 * num)
+
+            with _recording(self._units, num, note):
+                call_model(self._model, images)
+            note(OUTPUT)
+        return noted
+
+    @torch.no_grad()
+    def predict(
+        self, images: Inputs, threshold: float, temperatures: Mapping[str, float]
+    ) -> Prediction:
         """Each image by the first exit whose probability of a class is at least the threshold.
 
         The host waits for the device at each exit, to know who is left.
@@ -148,6 +162,7 @@ class EarlyExits:
         Arguments:
             images: as the model takes them, on its device.
             threshold: in [0, 1]; at 0 all leave at the first exit, and above 1 none does.
+            temperatures: exit name -> what its logits are divided by; 1 where it is not named.
         """
         num = num_inputs(images)
         reference = next(self._model.parameters())
@@ -161,7 +176,7 @@ class EarlyExits:
                 num_inside = len(inside)
                 logits, output = unit.infer(num_inside, *args, **kwargs)
                 assert logits is not None
-                answers = (logits.float() / self.temperatures[unit.name]).softmax(dim=1)
+                answers = (logits.float() / temperatures.get(unit.name, 1.0)).softmax(dim=1)
                 stays = answers.amax(dim=1) < threshold
                 rows = stays.nonzero()[:, 0]
                 if len(rows) == num_inside:
@@ -182,7 +197,7 @@ class EarlyExits:
         try:
             with standing_in(forwards):
                 logits = logits_of(call_model(self._model, images)).float()
-            probabilities[inside] = (logits / self.temperatures[OUTPUT]).softmax(dim=1)
+            probabilities[inside] = (logits / temperatures.get(OUTPUT, 1.0)).softmax(dim=1)
         except _AllLeft:
             pass
         return Prediction(probabilities, exits, self.names)
@@ -225,9 +240,13 @@ class EarlyExits:
 
 
 @contextmanager
-def _recording(units: Mapping[str, GenericUnit], num_images: int) -> Iterator[dict[str, Tensor]]:
+def _recording(
+    units: Mapping[str, GenericUnit],
+    num_images: int,
+    note: Callable[[str], None] = lambda name: None,
+) -> Iterator[dict[str, Tensor]]:
     """Within: a forward of the model leaves the blocks' logits here, in its order; of heads without
-    logits, nothing."""
+    logits, nothing. Each block's name is noted once its head has run."""
     recorded: dict[str, Tensor] = {}
 
     def record(unit: GenericUnit) -> Callable[..., Any]:
@@ -235,6 +254,7 @@ def _recording(units: Mapping[str, GenericUnit], num_images: int) -> Iterator[di
             logits, output = unit.infer(num_images, *args, **kwargs)
             if logits is not None:
                 recorded[unit.name] = logits
+            note(unit.name)
             return output
 
         return forward

@@ -132,9 +132,11 @@ class GenericUnit(BlockUnit):
     def infer(self, num_images: int, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Any]:
         """The local logits, (N, K), and what the block hands on; logits are None of a head that
         has none. For inference: in evaluation mode, without a graph."""
+        assert isinstance(self.head, LocalHead)
         view, handed_on = self._read(num_images, self._infer_activation(*args, **kwargs))
+        if not torch.is_autocast_enabled(view.device.type):  # asking is cheaper than entering
+            return self.head.logits(self._seen(view)), handed_on
         with torch.autocast(view.device.type, enabled=False):
-            assert isinstance(self.head, LocalHead)
             return self.head.logits(self._seen(view)), handed_on
 
     def _read(self, num_images: int, output: Any) -> tuple[Tensor, Any]:
