@@ -266,6 +266,7 @@ def test_temperatures_of_calibrated_exits(tmp_path: Path) -> None:
     (first,) = file.description.exits
     assert (first.block, first.temperature) == ("first", found["first"].temperature)
     assert file.description.temperature == found["output"].temperature
+    assert first.temperature != file.description.temperature
 
 
 def test_a_file_that_differs_is_not_written(made: Made, tmp_path: Path) -> None:

@@ -116,13 +116,19 @@ def export(
     trained = load_run(run)
     takes_pixels = input == "pixels"
     data = _open_data(trained, run, data_dir, cache, images, takes_pixels)
-    found = _find_exits(trained, run, data) if exits else None
-    description = _describe(trained, takes_pixels, found)
+    found, threshold = _find_exits(trained, run, data) if exits else (None, None)
+    description = _describe(trained, takes_pixels, found, threshold)
 
     first = data.first()
     content, model = make_file(trained.learner, found, description, first.images, suffix, opset)
     reference = Reference(trained.learner, found)
-    comparison = compare(model, reference, data.batches())
+    answers: list[dict[str, Tensor]] = []
+
+    def answer(inputs: Tensor) -> dict[str, Tensor]:
+        answers.append(reference(inputs))
+        return answers[-1]
+
+    comparison = compare(model, answer, data.batches())
     comparison.check(tolerance)
     compare(model, reference, batches_of_sizes(first)).check(tolerance)
     write_atomically(target, content)
@@ -256,11 +262,23 @@ def _open_data(
     return _Images(inputs, takes_pixels, num_images, dataset)
 
 
-def _find_exits(trained: Trained, run: str, data: _Images) -> EarlyExits:
-    return trained.learner.early_exits(data.first().inputs)
+def _find_exits(trained: Trained, run: str, data: _Images) -> tuple[EarlyExits, float | None]:
+    """The blocks that are outputs, and the threshold that was chosen for the run's exits."""
+    from locallearn.engine.weights import load_exits
+
+    record = load_exits(trained, Path(run))
+    if record is None:
+        print(
+            f"note: the exits are not calibrated, and the file gives 1 for each temperature; "
+            f"`locallearn evaluate {run} --early-exit` fits them"
+        )
+    found = trained.learner.early_exits(data.first().inputs)
+    return found, None if record is None else record.threshold
 
 
-def _describe(trained: Trained, takes_pixels: bool, exits: EarlyExits | None) -> Description:
+def _describe(
+    trained: Trained, takes_pixels: bool, exits: EarlyExits | None, threshold: float | None
+) -> Description:
     from locallearn.engine.config import data_name, model_name
     from locallearn.export.description import Description, Origin
     from locallearn.export.exporting import described_exits
@@ -284,7 +302,8 @@ def _describe(trained: Trained, takes_pixels: bool, exits: EarlyExits | None) ->
         len(config.class_names),
         inputs.mean,
         inputs.std,
-        *described_exits(exits),
+        *described_exits(trained.learner, exits),
+        exit_threshold=threshold,
     )
 
 

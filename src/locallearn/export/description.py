@@ -71,6 +71,8 @@ class Description:
             normalised by; empty where that is not known.
         exits: outputs besides the logits, in the order of the forward.
         temperature: of the logits, as of an exit's.
+        exit_threshold: probability at which an image may leave at an exit, as it was chosen for
+            the run; None where it was not.
         quantization: how the weights and activations were made int8; None of a float32 file.
     """
 
@@ -82,6 +84,7 @@ class Description:
     std: tuple[float, ...] = ()
     exits: tuple[Exit, ...] = ()
     temperature: float = 1.0
+    exit_threshold: float | None = None
     quantization: str | None = None
 
     @property
@@ -130,6 +133,7 @@ class Description:
                 "std": list(self.std),
                 "resize": self.origin.resize,
             },
+            "exit_threshold": self.exit_threshold,
             "outputs": [
                 {"name": LOGITS, "block": None, "temperature": self.temperature},
                 *(
@@ -181,6 +185,7 @@ class Description:
                     for each in value["outputs"][1:]
                 ),
                 temperature=value["outputs"][0]["temperature"],
+                exit_threshold=value["exit_threshold"],
                 quantization=value["quantization"],
             )
         except UserError:

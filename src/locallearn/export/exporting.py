@@ -145,7 +145,8 @@ def quantize_onnx(source: str | Path, path: str | Path, images: Tensor) -> Descr
     content = Path(source).read_bytes()
     description = OnnxModel(content, str(source)).description
     _check_images(images, description.takes_pixels)
-    int8, model = int8_content(content, description, torch.split(images, _BATCH_SIZE), len(images))
+    batches = torch.split(images, _BATCH_SIZE)
+    int8, model = int8_content(content, description, batches, len(images))
     write_atomically(Path(path), int8)
     return model.description
 
@@ -188,7 +189,7 @@ def _export(
         learner.num_classes,
         tuple(map(float, mean)),
         tuple(map(float, std)),
-        *described_exits(found),
+        *described_exits(learner, found),
     )
     content, model = make_file(learner, found, description, images[:3], suffix, opset)
     reference = Reference(learner, found)
@@ -234,13 +235,21 @@ def make_file(
     return content, ProgramModel(content)
 
 
-def described_exits(exits: EarlyExits | None) -> tuple[tuple[Exit, ...], float]:
-    """What a file says of its exits, and the temperature of its logits."""
+def described_exits(
+    learner: LocalLearner, exits: EarlyExits | None
+) -> tuple[tuple[Exit, ...], float]:
+    """What a file says of its exits, and the temperature of its logits.
+
+    Arguments:
+        learner: knows the temperatures; 1 of what is not calibrated.
+        exits: of it; None for none.
+    """
     if exits is None:
         return (), 1.0
+    temperatures = dict.fromkeys(exits.names, 1.0) | learner.exit_temperatures
     *blocks, output = exits.names
-    found = tuple(Exit(output_name(each), each, exits.temperatures[each]) for each in blocks)
-    return found, exits.temperatures[output]
+    found = tuple(Exit(output_name(each), each, temperatures[each]) for each in blocks)
+    return found, temperatures[output]
 
 
 def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
