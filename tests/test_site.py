@@ -111,7 +111,7 @@ def test_every_public_name_has_its_place(site: Path) -> None:
     index = (site / "api.html").read_text()
     for name in set(locallearn.__all__) - {"__version__"}:
         assert f">{name}</code></a>" in index, name
-    for room in ("data", "engine", "integrations", "kernels", "models", "rules"):
+    for room in ("data", "engine", "export", "integrations", "kernels", "models", "rules"):
         module = __import__(f"locallearn.{room}", fromlist=["__all__"])
         text = (site / f"api-{room}.html").read_text()
         for name in module.__all__:

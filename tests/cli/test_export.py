@@ -164,12 +164,7 @@ def test_a_file_that_differs_is_not_left(run: Path, tmp_path: Path, error_line: 
     assert target.read_bytes() == b"the old one"
 
 
-def test_interrupted(
-    run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_interrupted(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the file is compared with the network."""
 
     def interrupt(*arguments: Any) -> None:
@@ -178,7 +173,6 @@ def test_interrupted(
     monkeypatch.setattr("locallearn.export.verification.compare", interrupt)
     command = ["export", str(run), "--format", "torch-export", "--out", str(tmp_path / "net.pt2")]
     assert main(command) == 130
-    assert "Interrupted" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -258,6 +260,18 @@ def test_an_exit_may_be_called_as_an_output_is(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs["logits.logits"], learner.exit_logits(x)["logits"])
 
 
+@pytest.mark.parametrize("rule", ["lls-m", "lls-s", "local-losses"])
+def test_heads_of_other_rules(rule: str, tmp_path: Path) -> None:
+    x = torch.randn(9, 3, 2, 2)
+    learner = LocalLearner(Small(), rule, num_classes=3, blocks=["first"], example_input=x)
+    learner.step(x, torch.randint(0, 3, (9,)))
+    file = export_program(learner, tmp_path / "net.pt2", x, exits=True)
+    expected = learner.exit_logits(x)
+    outputs = load_export(file.path)(x[:7])
+    torch.testing.assert_close(outputs["first"], expected["first"][:7])
+    torch.testing.assert_close(outputs["logits"], expected["output"][:7])
+
+
 def test_temperatures_of_calibrated_exits(tmp_path: Path) -> None:
     learner = small_learner()
     x = torch.randn(40, 3, 2, 2)
@@ -420,3 +434,25 @@ def test_files_that_are_none_of_ours(made: Made, tmp_path: Path) -> None:
     onnx.save(proto, tmp_path / "later.onnx")
     with pytest.raises(UserError, match="format version 9; this locallearn reads version 1"):
         load_export(tmp_path / "later.onnx")
+
+
+def test_the_guides_programs(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/export.md, with these files in place of a run's."""
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    with_onnxruntime, with_torch, from_python = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(made.onnx.path, "model.onnx")
+    common = {"mean": MEAN, "std": STD, "class_names": NAMES}
+    export_program(made.learner, "model.pt2", made.pixels[:3], **common)
+    Image.fromarray(made.pixels[7].numpy()).save("image.png")
+    names: dict[str, Any] = {}
+    exec(with_onnxruntime, names)
+    exec(with_torch, names)
+    (expected,) = made.learner(made.inputs[7:8]).argmax(1).tolist()
+    assert capsys.readouterr().out == 2 * f"{NAMES[expected]}\n"
+    small, x = small_learner(), torch.randn(4, 3, 2, 2)
+    exec(from_python, {"learner": small, "images": x, "names": ["a", "b", "c"]})
+    assert set(eval(capsys.readouterr().out)) == {"logits", "first"}
+    assert load_export("net.onnx").description.origin.class_names == ("a", "b", "c")

@@ -62,11 +62,12 @@ class Layout:
         Raises:
             UserError: the batch dimension is no multiple of N.
         """
-        if self.is_plain and len(output) == num_images and output.ndim in (2, 4):
+        # No len(), which fixes the number where torch.export looks on.
+        if self.is_plain and output.shape[0] == num_images and output.ndim in (2, 4):
             return output
         h = output.movedim(self.batch_dim, 0)
         feature_dim = self.feature_dim + (1 if self.feature_dim < self.batch_dim else 0)
-        num_entries = h.shape[0]  # no len(), which fixes it where torch.export looks on
+        num_entries = h.shape[0]
         if num_entries % num_images != 0:
             raise UserError(
                 f"a block yields shape {tuple(output.shape)} for {num_images} images, of which "
