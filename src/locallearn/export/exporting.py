@@ -25,6 +25,8 @@ from locallearn.export.files import (
     ExportedModel,
     OnnxModel,
     ProgramModel,
+    check_opset,
+    load_onnx_package,
     onnx_content,
     program_content,
 )
@@ -225,6 +227,10 @@ def make_file(
         UserError: see :func:`export_onnx`.
     """
     check_exportable(learner.model)
+    if suffix == ONNX_SUFFIX:
+        assert opset is not None
+        check_opset(opset)
+        load_onnx_package("onnx")  # before the network is traced, which takes longer
     device = next(learner.model.parameters()).device
     program = trace(DeviceNetwork(learner, exits, description), example.to(device))
     if suffix == ONNX_SUFFIX:

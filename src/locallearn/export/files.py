@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -46,11 +47,14 @@ class ExportedModel(Protocol):
 
 
 def load_onnx_package(name: str) -> Any:
-    """onnx, onnxruntime or a module of them. Raises UserError where one of them is missing."""
-    import importlib
+    """onnx, onnxscript, onnxruntime or a module of them.
 
+    Raises:
+        UserError: any of the three is missing, which are needed together.
+    """
     try:
-        importlib.import_module("onnxscript")
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            importlib.import_module(package)
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
