@@ -3,6 +3,7 @@
 from locallearn.engine.audit import audit_locality
 from locallearn.engine.config import DEVICES, TrainConfig, choose_device
 from locallearn.engine.evaluation import Evaluation, evaluate
+from locallearn.engine.exits import Calibration, Prediction
 from locallearn.engine.learner import PRECISIONS, LocalLearner, StepResult
 from locallearn.engine.optimizers import list_optimizers, list_schedules
 from locallearn.engine.run import Metrics, Row, RunConfig, RunDirectory
@@ -12,11 +13,13 @@ from locallearn.engine.weights import Trained, load_trained
 __all__ = [
     "DEVICES",
     "PRECISIONS",
+    "Calibration",
     "Evaluation",
     "Interrupted",
     "LocalLearner",
     "Metrics",
     "Observer",
+    "Prediction",
     "Row",
     "RunConfig",
     "RunDirectory",
