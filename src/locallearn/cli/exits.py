@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _HELD_OUT_SHARE = 0.2  # of the test images, of a run that held none out
 _HELD_OUT_SEED = 0
-# Of the timing: a pass over the images takes about so long, so that all of it takes some twenty seconds.
+# Of the timing: a pass over the images takes about so long, and all of it some twenty seconds.
 _PASS_MS = 600.0
 _NUM_SINGLES = 64  # images, one at a time
 

@@ -8,7 +8,7 @@ from locallearn.engine.learner import PRECISIONS, LocalLearner, StepResult
 from locallearn.engine.optimizers import list_optimizers, list_schedules
 from locallearn.engine.run import Metrics, Row, RunConfig, RunDirectory
 from locallearn.engine.trainer import Interrupted, Observer, Snapshot, Trainer
-from locallearn.engine.weights import Trained, load_trained
+from locallearn.engine.weights import Trained, load_exits, load_trained
 
 __all__ = [
     "DEVICES",
@@ -33,5 +33,6 @@ __all__ = [
     "evaluate",
     "list_optimizers",
     "list_schedules",
+    "load_exits",
     "load_trained",
 ]
