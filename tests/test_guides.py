@@ -1,4 +1,4 @@
-"""What docs/quick-start.md and docs/own-model.md tell a reader to do works, in its order."""
+"""What the guides in docs/ tell a reader to do works, in its order."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from locallearn.cli import main
 
@@ -15,7 +16,8 @@ TEXTS = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("quick-st
 
 
 def programs(name: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", TEXTS[name], re.DOTALL)
+    text = (ROOT / "docs" / f"{name}.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def commands(name: str) -> list[str]:
@@ -51,6 +53,16 @@ def test_programs_of_own_model_print_what_they_say(capsys: pytest.CaptureFixture
     for expected, line in zip(shown, said, strict=True):
         begin, dots, end = expected.partition("..., ")
         assert line == expected if not dots else line.startswith(begin) and line.endswith(end)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_program_of_early_exit_saves_without_losing() -> None:
+    torch.manual_seed(0)
+    names = run_programs("early-exit")
+    whole = names["learner"].predict(names["images"][names["test"]])
+    right = (whole.classes == names["labels"][names["test"]]).double().mean()
+    assert names["accuracy"] > right - 0.05
+    assert names["share_leaving_early"] > 0.2
 
 
 def run_programs(name: str) -> dict:

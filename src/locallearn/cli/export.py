@@ -109,8 +109,8 @@ def export(
     if json is not None:
         check_target(Path(json), "--json")
     check_tolerance(tolerance)
-    opset = DEFAULT_OPSET if opset is None else opset
     if format == "onnx":
+        opset = DEFAULT_OPSET if opset is None else opset
         check_opset(opset)
         load_onnx_package("onnxruntime")
     trained = load_run(run)
@@ -120,7 +120,7 @@ def export(
     description = _describe(trained, takes_pixels, found, threshold)
 
     first = data.first()
-    content, model = make_file(trained.learner, found, description, first.images, suffix, opset)
+    content, model = make_file(trained.learner, found, description, first.images, opset)
     reference = Reference(trained.learner, found)
     answers: list[dict[str, Tensor]] = []
 
@@ -264,7 +264,7 @@ def _open_data(
 
 def _find_exits(trained: Trained, run: str, data: _Images) -> tuple[EarlyExits, float | None]:
     """The blocks that are outputs, and the threshold that was chosen for the run's exits."""
-    from locallearn.engine.weights import load_exits
+    from locallearn.engine import load_exits
 
     record = load_exits(trained, Path(run))
     if record is None:

@@ -3,20 +3,23 @@
 from locallearn.engine.audit import audit_locality
 from locallearn.engine.config import DEVICES, TrainConfig, choose_device
 from locallearn.engine.evaluation import Evaluation, evaluate
+from locallearn.engine.exits import Calibration, Prediction
 from locallearn.engine.learner import PRECISIONS, LocalLearner, StepResult
 from locallearn.engine.optimizers import list_optimizers, list_schedules
 from locallearn.engine.run import Metrics, Row, RunConfig, RunDirectory
 from locallearn.engine.trainer import Interrupted, Observer, Snapshot, Trainer
-from locallearn.engine.weights import Trained, load_trained
+from locallearn.engine.weights import Trained, load_exits, load_trained
 
 __all__ = [
     "DEVICES",
     "PRECISIONS",
+    "Calibration",
     "Evaluation",
     "Interrupted",
     "LocalLearner",
     "Metrics",
     "Observer",
+    "Prediction",
     "Row",
     "RunConfig",
     "RunDirectory",
@@ -30,5 +33,6 @@ __all__ = [
     "evaluate",
     "list_optimizers",
     "list_schedules",
+    "load_exits",
     "load_trained",
 ]

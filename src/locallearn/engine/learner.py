@@ -587,7 +587,8 @@ class LocalLearner(nn.Module):
         if not 0.0 <= exit_threshold <= 1.0:
             raise UserError(f"exit_threshold must be in [0, 1], got {exit_threshold}.")
         found = self.early_exits(images, exits)
-        if not self.exit_temperatures and not self._has_said_uncalibrated:
+        is_calibrated = all(name in self.exit_temperatures for name in found.names)
+        if not is_calibrated and not self._has_said_uncalibrated:
             self._has_said_uncalibrated = True
             _log.warning(
                 "the exits are not calibrated: their probabilities may never come up to %s, or "

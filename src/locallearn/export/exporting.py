@@ -193,7 +193,7 @@ def _export(
         tuple(map(float, std)),
         *described_exits(learner, found),
     )
-    content, model = make_file(learner, found, description, images[:3], suffix, opset)
+    content, model = make_file(learner, found, description, images[:3], opset)
     reference = Reference(learner, found)
     parts = (slice(at, at + _BATCH_SIZE) for at in range(0, len(images), _BATCH_SIZE))
     comparison = compare(
@@ -210,7 +210,6 @@ def make_file(
     exits: EarlyExits | None,
     description: Description,
     example: Tensor,
-    suffix: str,
     opset: int | None,
 ) -> tuple[bytes, ExportedModel]:
     """A file's content, and what it does, loaded from there.
@@ -220,21 +219,18 @@ def make_file(
         exits: whose logits are outputs too; None for none.
         description: of the file.
         example: a few images as the file takes them.
-        suffix: ".onnx" or ".pt2".
-        opset: of an ONNX file.
+        opset: of an ONNX file; None for one of torch.export.
 
     Raises:
         UserError: see :func:`export_onnx`.
     """
     check_exportable(learner.model)
-    if suffix == ONNX_SUFFIX:
-        assert opset is not None
+    if opset is not None:
         check_opset(opset)
         load_onnx_package("onnx")  # before the network is traced, which takes longer
     device = next(learner.model.parameters()).device
     program = trace(DeviceNetwork(learner, exits, description), example.to(device))
-    if suffix == ONNX_SUFFIX:
-        assert opset is not None
+    if opset is not None:
         content = onnx_content(program, description, opset)
         return content, OnnxModel(content)
     content = program_content(program, description)
