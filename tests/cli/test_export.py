@@ -82,6 +82,7 @@ def test_onnx_with_exits_and_int8(
     assert head in out
     said = r"on 40 test images: logits differ by \S+e-0\d at most \(tolerance 0.0001\), 40 of 40 in"
     assert re.search(said, out)
+    assert "with temperature 1 in the file: conv2, conv3, linear1; `locallearn" in out
     assert re.search(
         r"net\.int8\.onnx +\d+ KiB +\d+ of 40 +\d+\.\d\d % \([+-]\d+\.\d\d points\)", out
     )
@@ -133,7 +134,8 @@ def test_torch_export_into_the_run(run: Path, tmp_path: Path, capsys: Any) -> No
     out = capsys.readouterr().out
     assert f"{copy}/model.pt2: images, float32 (batch, 3, 12, 12) -> logits, conv1" in out
     assert "on 42 test images" in out  # all that there are
-    assert "note: the exits are not calibrated, and the file gives 1 for each" in out
+    names = "conv1, conv2, conv3, linear1, output"
+    assert f"note: not calibrated, and so with temperature 1 in the file: {names}; `loc" in out
     assert {path.name for path in copy.iterdir()} == before | {"model.pt2"}
 
 

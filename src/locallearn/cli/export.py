@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -257,7 +257,9 @@ def _open_data(
             f"does it on noise."
         ) from error
     if trained.needs_recalibration:
-        loader = training_loader(trained.config.settings, dataset, torch.device("cpu"))
+        # The run's own backend may be of another device; what it makes of the images is the same.
+        settings = replace(trained.config.settings, backend="reference")
+        loader = training_loader(settings, dataset, torch.device("cpu"))
         recalibrate(trained.learner, loader)
     return _Images(inputs, takes_pixels, num_images, dataset)
 
@@ -267,12 +269,13 @@ def _find_exits(trained: Trained, run: str, data: _Images) -> tuple[EarlyExits, 
     from locallearn.engine import load_exits
 
     record = load_exits(trained, Path(run))
-    if record is None:
+    found = trained.learner.early_exits(data.first().inputs)
+    missing = [name for name in found.names if name not in trained.learner.exit_temperatures]
+    if missing:
         print(
-            f"note: the exits are not calibrated, and the file gives 1 for each temperature; "
+            f"note: not calibrated, and so with temperature 1 in the file: {', '.join(missing)}; "
             f"`locallearn evaluate {run} --early-exit` fits them"
         )
-    found = trained.learner.early_exits(data.first().inputs)
     return found, None if record is None else record.threshold
 
 
