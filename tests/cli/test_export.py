@@ -83,10 +83,9 @@ def test_onnx_with_exits_and_int8(
     said = r"on 40 test images: logits differ by \S+e-0\d at most \(tolerance 0.0001\), 40 of 40 in"
     assert re.search(said, out)
     assert "with temperature 1 in the file: conv2, conv3, linear1; `locallearn" in out
-    assert re.search(
-        r"net\.int8\.onnx +\d+ KiB +\d+ of 40 +\d+\.\d\d % \([+-]\d+\.\d\d points\)", out
-    )
-    assert "net.int8.onnx: static, QDQ: int8 weights within 7 bits and by channel" in out
+    assert re.search(r"net\.int8\.onnx +\d+ KiB +\d+ of 40 +\d+\.\d\d %", out)
+    said = r"net\.int8\.onnx: accuracy ([+-]\d+\.\d\d) points against net\.onnx; static, QDQ: int8"
+    (points,) = re.findall(said, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "net.int8.onnx",
         "net.json",
@@ -121,6 +120,7 @@ def test_onnx_with_exits_and_int8(
     assert float32["accuracy"] > 60
     assert max(float32["max_difference"].values()) <= 1e-4
     assert max(int8["max_difference"].values()) > 1e-4
+    assert float(points) == pytest.approx(int8["accuracy"] - float32["accuracy"], abs=0.005)
     assert int8["num_bytes"] < float32["num_bytes"]
     assert set(figures(report)["time_ms_per_image"]) == {"1", "32"}
 

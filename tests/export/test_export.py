@@ -31,6 +31,7 @@ from locallearn.export import (
     quantize_onnx,
 )
 from locallearn.export.exporting import normalized
+from locallearn.export.network import trace
 from locallearn.export.verification import times_in_turn_ms
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
@@ -269,6 +270,26 @@ def test_heads_of_other_rules(rule: str, tmp_path: Path) -> None:
     outputs = load_export(file.path)(x[:7])
     torch.testing.assert_close(outputs["first"], expected["first"][:7])
     torch.testing.assert_close(outputs["logits"], expected["output"][:7])
+
+
+def test_attention_is_no_fused_operator() -> None:
+    """Which torch's transformer layers have for inference, and ONNX has not."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.TransformerEncoderLayer(12, 2, 8, batch_first=True)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.model(images).mean(dim=1)
+
+    network, x = Attending().eval(), torch.randn(5, 4, 12)
+    program = trace(network, x)
+    operators = {str(node.target) for node in program.graph.nodes}
+    assert "aten.linear.default" in operators
+    assert not [name for name in operators if "transformer" in name or "multi_head" in name]
+    torch.testing.assert_close(program.module()(x), network(x))
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_temperatures_of_calibrated_exits(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def doctor() -> None:
     table.add_column(overflow="fold")
     table.add_row("locallearn", f"{__version__} (commit {git_commit() or 'unknown'})")
     table.add_row("Python", f"{platform.python_version()} on {platform.platform()}")
-    for package, version in package_versions().items():
+    for package, version in package_versions("onnx", "onnxscript", "onnxruntime").items():
         table.add_row(package, version or "not installed")
     gib = free_memory_bytes() / 2**30
     cores, threads = os.cpu_count(), torch.get_num_threads()

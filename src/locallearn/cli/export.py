@@ -366,18 +366,14 @@ def _print(
             f"network that it is compared with, compute in float32"
         )
     table = Table(box=None, pad_edge=False)
-    for heading in ("", "size", "same class", "accuracy", *(f"batch {n}" for n in times)):
-        table.add_column(heading, justify="right" if heading else "left")
-    network = [_percent(first.model_accuracy), *(_ms(t["network"]) for t in times.values())]
+    table.add_column("", overflow="fold")
+    for heading in ("size", "same class", "accuracy", *(f"batch {size}" for size in times)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    network = [_percent(first.model_accuracy), *(_ms(each["network"]) for each in times.values())]
     table.add_row("network", "", "", *network)
     for file in files:
         name, comparison = file.path.name, file.comparison
-        accuracy = _percent(comparison.accuracy)
-        if file is not files[0]:
-            assert comparison.accuracy is not None
-            assert first.accuracy is not None
-            accuracy += f" ({comparison.accuracy - first.accuracy:+.2f} points)"
-        cells = [readable_size(file.num_bytes), _same(comparison), accuracy]
+        cells = [readable_size(file.num_bytes), _same(comparison), _percent(comparison.accuracy)]
         table.add_row(escape(name), *cells, *(_ms(each[name]) for each in times.values()))
     print()
     Console(highlight=False).print(table)
@@ -387,7 +383,13 @@ def _print(
         f"{'thread' if threads == 1 else 'threads'}"
     )
     for file in files[1:]:
-        print(f"{file.path.name}: {file.model.description.quantization}")
+        assert file.comparison.accuracy is not None
+        assert first.accuracy is not None
+        points = file.comparison.accuracy - first.accuracy
+        print(
+            f"{file.path.name}: accuracy {points:+.2f} points against {files[0].path.name}; "
+            f"{file.model.description.quantization}"
+        )
 
 
 def _same(comparison: Comparison) -> str:

@@ -146,6 +146,7 @@ def quantize_onnx(source: str | Path, path: str | Path, images: Tensor) -> Descr
     check_file(Path(path), ONNX_SUFFIX, "path")
     content = Path(source).read_bytes()
     description = OnnxModel(content, str(source)).description
+    images = images.detach().cpu()
     _check_images(images, description.takes_pixels)
     batches = torch.split(images, _BATCH_SIZE)
     int8, model = int8_content(content, description, batches, len(images))
@@ -165,7 +166,7 @@ def _export(
     suffix: str,
     opset: int | None,
 ) -> Exported:
-    target = Path(path)
+    target, images = Path(path), images.detach().cpu()
     check_file(target, suffix, "path")
     check_tolerance(tolerance)
     takes_pixels = bool(mean) or bool(std)

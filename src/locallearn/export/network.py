@@ -108,7 +108,7 @@ def trace(network: nn.Module, example: Tensor) -> ExportedProgram:
     example = example[torch.arange(NUM_TRACED) % len(example)]
     batch = Dim("batch")
     try:
-        with quietly(), torch.no_grad():
+        with quietly(), torch.no_grad(), _plain_attention():
             program = torch.export.export(
                 network, (example,), dynamic_shapes={INPUT: {0: batch}}, strict=False
             )
@@ -128,6 +128,18 @@ def trace(network: nn.Module, example: Tensor) -> ExportedProgram:
             for node in module.graph.nodes:
                 node.meta.pop("stack_trace", None)  # paths of this machine
     return program
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Within: torch's transformer layers run their own modules also in inference, and not one fused
+    operator that ONNX does not have."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager
