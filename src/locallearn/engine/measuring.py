@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,9 +55,7 @@ class Timeline:
         return Timeline(tuple(segments))
 
 
-def memory_timeline(
-    call: Callable[[Mark], object], device: torch.device | str = "cpu"
-) -> Timeline:
+def memory_timeline(call: Callable[[Mark], object], device: torch.device | str = "cpu") -> Timeline:
     """What a call holds beyond what was held before it, at each moment.
 
     On the CPU from the allocator's own events, on CUDA from the caching allocator's counters.
@@ -71,6 +70,8 @@ def memory_timeline(
     device = torch.device(device)
     if device.type == "cuda":
         return _on_cuda(call, device)
+    # The profiler tells of itself on standard error.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # Not torch.profiler.profile: PyTorch 2.11's warns unless it is told to prepare every event for
     # its tables, which takes longer than a step.
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
