@@ -5,7 +5,7 @@ Shapes: N batch, K classes, T latent length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from locallearn.engine.blocks import BlockPlan, NetworkPlan
+from locallearn.engine.blocks import BlockPlan, NetworkPlan, forwards_through
 from locallearn.engine.optimizers import OptimizerFactory
 from locallearn.engine.procedures import (
     ErrorUnit,
@@ -71,19 +71,23 @@ class Assembly:
         heads: of the units, in their order; and whatever else the rule trains.
         rest_optimizers: of what lies in no block: "" -> its optimizer, or, with bp's
             fused-optimizer, parameter name -> its own.
+        frozen: modules that stay in evaluation mode.
+        frozen_forwards: module -> what stands in for its forward where no gradient is asked for.
         procedure: the training step.
     """
 
     units: list[BlockUnit]
     heads: list[nn.Module]
     rest_optimizers: dict[str, Optimizer]
+    frozen: list[nn.Module]
+    frozen_forwards: dict[nn.Module, Callable[..., Any]]
     procedure: Procedure
 
 
 def assemble(
     model: nn.Module, rule: Rule, plan: NetworkPlan | None, settings: Settings
 ) -> Assembly:
-    """The parts of a learner.
+    """The parts of a learner. What the plan says is frozen is so from here on.
 
     Arguments:
         model: whose blocks the plan names.
@@ -96,6 +100,11 @@ def assemble(
     """
     if rule.requires in (Requirement.END_TO_END, Requirement.TWO_FORWARDS):
         _check_not_blockwise(rule, settings)
+    frozen: dict[nn.Module, Callable[..., Any]] = {}
+    frozen_modules: list[nn.Module] = []
+    if plan is not None:
+        frozen = _frozen_forwards(plan)
+        frozen_modules = _freeze(model, plan)
     units: list[BlockUnit] = []
     if plan is not None and rule.requires is not Requirement.END_TO_END:
         units = _build_units(model, rule, plan, settings)
@@ -124,17 +133,28 @@ def assemble(
         is_shared=bool(units) and plan is not None and bool(plan.shared),
     )
     if isinstance(rule, Backprop):
-        checkpointed = [] if plan is None else [m for b in plan.blocks for m in b.members]
+        checkpointed = [] if plan is None else [block.module for block in plan.blocks]
         procedure: Procedure = build_backpropagation(
-            rule, model, checkpointed, output_layer, rest_optimizers, settings.compile
+            rule,
+            model,
+            checkpointed,
+            output_layer,
+            rest_optimizers,
+            settings.compile,
+            frozen_runs=() if plan is None else plan.frozen_runs,
         )
     elif isinstance(rule, LocalRule):
         procedure = LocalUpdates(
-            model, units, output_layer, settings.side_stream, allow_reuse=settings.allow_reuse
+            model,
+            units,
+            output_layer,
+            settings.side_stream,
+            allow_reuse=settings.allow_reuse,
+            frozen=frozen,
         )
     elif isinstance(rule, ErrorRule):
         waiting = [unit for unit in units if isinstance(unit, ErrorUnit)]
-        procedure = ErrorUpdates(model, waiting, output_layer)
+        procedure = ErrorUpdates(model, waiting, output_layer, frozen)
     elif isinstance(rule, Pepita):
         modulator = rule.build_modulator(settings.num_classes)
         modulator.to(next(model.parameters()).device)
@@ -148,7 +168,33 @@ def assemble(
             f"rule {rule.name!r} needs {rule.requires}, but is neither a LocalRule nor an "
             f"ErrorRule, Pepita or Backprop: the engine does not know how to run it."
         )
-    return Assembly(units, heads, rest_optimizers, procedure)
+    if not units and not rest:
+        raise UserError(
+            "nothing is left to learn: no block is trained, and no parameter in front of the "
+            "logits lies outside the blocks. Name blocks to train."
+        )
+    return Assembly(units, heads, rest_optimizers, frozen_modules, frozen, procedure)
+
+
+def _frozen_forwards(plan: NetworkPlan) -> dict[nn.Module, Callable[..., Any]]:
+    """Module -> what stands in for its forward, of blocks that stay as they are: they build no
+    graph, and none leads through them."""
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    for block in plan.blocks:
+        if block.is_frozen:
+            forwards |= forwards_through(block.module, torch.no_grad()(block.module.forward))
+    for run in plan.frozen_runs:
+        forwards |= run.forwards()
+    return forwards
+
+
+def _freeze(model: nn.Module, plan: NetworkPlan) -> list[nn.Module]:
+    """No gradients for what is frozen; the modules that stay in evaluation mode."""
+    for name in plan.frozen_parameters:
+        parameter = model.get_parameter(name)
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return [model.get_submodule(name) for name in plan.frozen_modules]
 
 
 def _build_units(
@@ -167,6 +213,8 @@ def _build_units(
     units: list[BlockUnit] = []
     for group in grouped(plan.blocks, settings.group_blocks):
         last = group[-1]
+        if last.is_frozen:
+            continue
         joined = [named[name] for block in group for name in block.joined]
         held = [p for block in group for p in block.module.parameters()]
         parameters = [p for p in dict.fromkeys([*held, *joined]) if id(p) not in shared]

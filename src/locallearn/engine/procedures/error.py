@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,20 +51,26 @@ class ErrorUpdates:
         model: whose blocks the units hold.
         units: in the order of ``named_modules``.
         output_layer: what lies in no block.
+        frozen: module -> what stands in for its forward, of blocks that stay as they are.
     """
 
     can_be_graphed = True
 
     def __init__(
-        self, model: nn.Module, units: Sequence[ErrorUnit], output_layer: OutputLayer
+        self,
+        model: nn.Module,
+        units: Sequence[ErrorUnit],
+        output_layer: OutputLayer,
+        frozen: Mapping[nn.Module, Callable[..., Any]] | None = None,
     ) -> None:
         self._model = model
         self._units = units
         self._output_layer = output_layer
+        self._frozen = dict(frozen or {})
 
     def __call__(self, images: Inputs, labels: Tensor) -> Outcome:
         signals: dict[str, UnitSignal] = {}
-        with standing_in(forwards_of(self._units, labels, signals)):
+        with standing_in(self._frozen | forwards_of(self._units, labels, signals)):
             logits = logits_of(call_model(self._model, images))
         with torch.autocast(logits.device.type, enabled=False):
             logits = not_below_float32(logits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ class LocalUpdates:
         output_layer: what lies in no block.
         side_stream: on which units may go on after their output is there; waited for at the end.
         allow_reuse: whether a block may run, and learn, more than once in a forward.
+        frozen: module -> what stands in for its forward, of blocks that stay as they are.
     """
 
     can_be_graphed = True
@@ -36,12 +37,14 @@ class LocalUpdates:
         side_stream: torch.cuda.Stream | None,
         *,
         allow_reuse: bool = False,
+        frozen: Mapping[nn.Module, Callable[..., Any]] | None = None,
     ) -> None:
         self._model = model
         self._units = units
         self._output_layer = output_layer
         self._side_stream = side_stream
         self._allow_reuse = allow_reuse
+        self._frozen = dict(frozen or {})
 
     def __call__(self, images: Inputs, labels: Tensor) -> Outcome:
         signals: dict[str, UnitSignal] = {}
@@ -62,7 +65,7 @@ class LocalUpdates:
             signals: receives what the heads say.
         """
         forwards = forwards_of(self._units, labels, signals, allow_reuse=self._allow_reuse)
-        with standing_in(forwards):
+        with standing_in(self._frozen | forwards):
             yield
         if self._side_stream is not None:
             torch.cuda.current_stream().wait_stream(self._side_stream)
