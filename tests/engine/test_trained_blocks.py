@@ -167,7 +167,7 @@ def test_a_block_behind_frozen_ones_learns_from_what_they_yield(name: str) -> No
         head=head,
         latent_size=unit.latent_size,
         optimizer=None,
-        layout=unit._layout,
+        layout=unit.layout,
     )
     activation, _ = hidden.run(N, seen[0])
     _, grad = hidden._signal_of(activation.detach(), labels)
