@@ -46,6 +46,7 @@ from locallearn.engine.optimizers import (
 )
 from locallearn.engine.procedures import LocalUpdates, logits_of
 from locallearn.engine.processes import check_one_process
+from locallearn.engine.statistics import BATCH_STATISTICS_FROM, RunningStatistics
 from locallearn.engine.units import BlockUnit, UnitSignal
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend, missing_for
@@ -143,7 +144,10 @@ class LocalLearner(nn.Module):
         recalibration_batches: how many of the last training batches to hold on to, so that the
             first inference after training can re-estimate BatchNorm's running statistics on them
             (with a schedule-free optimizer; see :meth:`recalibrate`). 0 holds none and leaves
-            that to the caller.
+            that to the caller. Small batches are held until there are some hundred images.
+        batch_statistics_from: so many images a batch must have for BatchNorm to normalise by it.
+            Smaller ones are normalised by the running statistics, which take them in
+            (docs/streaming.md). 1 for always by the batch, as torch has it.
 
     Raises:
         UserError: a model without blocks, overlapping or unknown blocks, an unknown rule,
@@ -173,6 +177,7 @@ class LocalLearner(nn.Module):
         overlap_updates: bool = False,
         compile: bool = False,
         recalibration_batches: int = 8,
+        batch_statistics_from: int = BATCH_STATISTICS_FROM,
     ) -> None:
         super().__init__()
         check_one_process()
@@ -203,6 +208,12 @@ class LocalLearner(nn.Module):
         self._is_auto = backend == "auto"
         self._num_elements = 0  # values of z that the steps have made
         self.state_number = 0  # of the loaded states; a captured graph is for one
+        if batch_statistics_from < 1:
+            raise UserError(
+                f"batch_statistics_from must be at least 1, which is always by the batch, got "
+                f"{batch_statistics_from}."
+            )
+        self._statistics = RunningStatistics(model, batch_statistics_from)
         side_stream: torch.cuda.Stream | None = None
         if overlap_updates:
             if self._device.type != "cuda":
@@ -430,6 +441,7 @@ class LocalLearner(nn.Module):
             "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
             "backend": self.backend,
             "num_elements": self._num_elements,
+            "statistics": self._statistics.state(),
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -439,6 +451,7 @@ class LocalLearner(nn.Module):
             KeyError, RuntimeError, ValueError: the state is of another model, rule or optimizer.
         """
         self.model.load_state_dict(state["model"])
+        self._statistics.load(state.get("statistics"))  # an earlier version's has none
         self.heads.load_state_dict(state["heads"])
         optimizers = self.optimizers
         if set(optimizers) != set(state["optimizers"]):
@@ -510,7 +523,11 @@ class LocalLearner(nn.Module):
 
     def _step(self, images: Inputs, labels: Tensor) -> StepResult:
         try:
-            with torch.enable_grad(), self._autocast(self._device.type):
+            with (
+                torch.enable_grad(),
+                self._autocast(self._device.type),
+                self._statistics.step(self._parts.procedure.num_at_a_time(len(labels))),
+            ):
                 logits, loss, signals = self._parts.procedure(images, labels)
         except BaseException:
             self._abandon()
@@ -570,6 +587,7 @@ class LocalLearner(nn.Module):
                 self._on_device(),
                 torch.enable_grad(),
                 self._autocast(self._device.type),
+                self._statistics.step(len(labels)),
                 procedure.learning(labels, local.signals),
             ):
                 yield local

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from locallearn.engine.blocks import Inputs, call_model, standing_in
+from locallearn.engine.blocks import Inputs, bound_forward, call_model, standing_in
 from locallearn.engine.procedures.base import (
     Outcome,
     OutputLayer,
@@ -50,7 +50,7 @@ class Backpropagation:
         self._num_batches = num_batches
 
     def __call__(self, images: Inputs, labels: Tensor) -> Outcome:
-        num_batches = min(self._num_batches, max(1, len(labels) // self._smallest))
+        num_batches = self._num_parts(len(labels))
         if num_batches > 1:
             return self._accumulate(images, labels, num_batches)
         logits = self._logits(images)
@@ -58,6 +58,12 @@ class Backpropagation:
             loss = self._output_layer.loss(logits, labels)
             self._output_layer.learn(loss)
         return Outcome(logits.detach(), loss.detach(), {})
+
+    def num_at_a_time(self, num_images: int) -> int:
+        return num_images // self._num_parts(num_images)
+
+    def _num_parts(self, num_images: int) -> int:
+        return min(self._num_batches, max(1, num_images // self._smallest))
 
     def _logits(self, images: Inputs) -> Tensor:
         return not_below_float32(logits_of(call_model(self._forward, images)))
@@ -107,7 +113,7 @@ class CheckpointedBackpropagation(Backpropagation):
 
 
 def _through_checkpoint(block: nn.Module) -> Callable[..., Any]:
-    inner = block.forward
+    inner = bound_forward(block)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Of the forward, and of its repetition."""
