@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from locallearn.engine.blocks import bound_forward, observing, standing_in
 
 # Below it running statistics are used: see docs/streaming.md for what was measured.
-BATCH_STATISTICS_FROM = 8
+BATCH_STATISTICS_FROM = 2
 # A BatchNorm's momentum is taken to be meant for batches of so many images.
 _USUAL_BATCH = 128
 # Mean 0 and variance 1, which a BatchNorm begins with, count as so many images.
@@ -50,12 +50,13 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module, least: int) -> None:
-        self.least = least
         self._norms = [
             module
             for module in model.modules()
             if isinstance(module, BatchNorm) and module.running_mean is not None
         ]
+        # Without such layers every batch is large enough.
+        self.least = least if self._norms else 1
         self._forwards = {norm: bound_forward(norm) for norm in self._norms}
         means = [norm.running_mean for norm in self._norms if norm.running_mean is not None]
         device = means[0].device if means else torch.device("cpu")
