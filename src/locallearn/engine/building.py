@@ -22,6 +22,8 @@ from locallearn.data.dataset import free_memory_bytes
 from locallearn.engine.blocks import plan_blocks
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
+from locallearn.engine.recent import POOLED_IMAGES
+from locallearn.engine.statistics import BATCH_STATISTICS_FROM
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend, missing_for
 from locallearn.models import Block, build_model, is_foreign
@@ -276,5 +278,8 @@ def evaluation_loader(
 
 def recalibrate(learner: LocalLearner, loader: ImageLoader, epoch: int = 0) -> None:
     """Re-estimate BatchNorm's running statistics on the first batches of a training epoch."""
-    batches = itertools.islice(loader.epoch(epoch), RECALIBRATION_BATCHES)
+    num_batches = RECALIBRATION_BATCHES
+    if loader.batch_size < BATCH_STATISTICS_FROM:
+        num_batches *= POOLED_IMAGES // loader.batch_size
+    batches = itertools.islice(loader.epoch(epoch), num_batches)
     learner.recalibrate(images for images, _ in batches)

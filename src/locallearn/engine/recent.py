@@ -20,7 +20,7 @@ _NUM_IMAGES = 256
 # ... if they take no more memory than this.
 _MAX_BYTES = 64 * 2**20
 # Small batches are put together to such of at least so many images.
-_POOLED_IMAGES = 32
+POOLED_IMAGES = 32
 
 
 class _Held(NamedTuple):
@@ -103,7 +103,7 @@ def pooled(batches: Iterable[Inputs], least: int) -> Iterator[Inputs]:
             continue
         waiting.append(batch)
         num_waiting += num_images
-        if num_waiting >= max(least, _POOLED_IMAGES):
+        if num_waiting >= max(least, POOLED_IMAGES):
             has_come = True
             yield _together(waiting)
             waiting, num_waiting = [], 0
