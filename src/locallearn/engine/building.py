@@ -22,7 +22,7 @@ from locallearn.data.dataset import free_memory_bytes
 from locallearn.engine.blocks import plan_blocks
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
-from locallearn.engine.recent import POOLED_IMAGES
+from locallearn.engine.optimizers import optimizer_spec
 from locallearn.engine.statistics import BATCH_STATISTICS_FROM
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend, missing_for
@@ -276,10 +276,19 @@ def evaluation_loader(
     return ImageLoader(source, dataset.inputs, batch_size=batch_size, device=device)
 
 
+def needs_recalibration(settings: TrainConfig) -> bool:
+    """Whether BatchNorm's running statistics are not those to evaluate with: of a schedule-free
+    optimizer's training point, in batches that are large enough to be normalised by.
+
+    Arguments:
+        settings: resolved.
+    """
+    assert settings.optimizer is not None
+    is_schedule_free = optimizer_spec(settings.optimizer).is_schedule_free
+    return is_schedule_free and settings.batch_size >= BATCH_STATISTICS_FROM
+
+
 def recalibrate(learner: LocalLearner, loader: ImageLoader, epoch: int = 0) -> None:
     """Re-estimate BatchNorm's running statistics on the first batches of a training epoch."""
-    num_batches = RECALIBRATION_BATCHES
-    if loader.batch_size < BATCH_STATISTICS_FROM:
-        num_batches *= POOLED_IMAGES // loader.batch_size
-    batches = itertools.islice(loader.epoch(epoch), num_batches)
+    batches = itertools.islice(loader.epoch(epoch), RECALIBRATION_BATCHES)
     learner.recalibrate(images for images, _ in batches)

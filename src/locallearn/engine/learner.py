@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +46,7 @@ from locallearn.engine.optimizers import (
 )
 from locallearn.engine.procedures import LocalUpdates, logits_of
 from locallearn.engine.processes import check_one_process
-from locallearn.engine.recent import RecentBatches, pooled
+from locallearn.engine.pooling import pooled
 from locallearn.engine.statistics import BATCH_STATISTICS_FROM, RunningStatistics
 from locallearn.engine.units import BlockUnit, UnitSignal
 from locallearn.errors import UserError
@@ -144,8 +145,7 @@ class LocalLearner(nn.Module):
         recalibration_batches: how many of the last training batches to hold on to, so that the
             first inference after training can re-estimate BatchNorm's running statistics on them
             (with a schedule-free optimizer; see :meth:`recalibrate`). 0 holds none and leaves
-            that to the caller. Of batches below ``batch_statistics_from`` more are held, as
-            copies, up to 256 images or 64 MiB.
+            that to the caller. Batches below ``batch_statistics_from`` are not held.
         batch_statistics_from: so many images a batch must have for BatchNorm to normalise by it.
             Smaller ones are normalised by the running statistics, which take them in
             (docs/streaming.md). 1 for always by the batch, as torch has it.
@@ -224,7 +224,7 @@ class LocalLearner(nn.Module):
             side_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
         # What the first inference after training re-estimates BatchNorm's statistics on.
-        self._recent = RecentBatches(recalibration_batches, self._statistics.least)
+        self._recent: deque[Inputs] = deque(maxlen=recalibration_batches)
         self._is_stale = False
         self._has_two_points = False
         self._blocks: Blocks = "auto" if blocks is None else blocks
@@ -296,7 +296,7 @@ class LocalLearner(nn.Module):
     @property
     def holds_batches(self) -> bool:
         """Whether training batches are held on to (``recalibration_batches``)."""
-        return self._recent.num_batches != 0
+        return self._recent.maxlen != 0
 
     @property
     def num_additional_params(self) -> int:
@@ -484,11 +484,11 @@ class LocalLearner(nn.Module):
         """Inference: logits (N, K), float32, in evaluation mode (switched to where need be).
 
         The first one after training with a schedule-free optimizer re-estimates BatchNorm's
-        statistics at the averaged weights, on the last training batches.
+        statistics at the averaged weights, on the last training batches; where these were below
+        ``batch_statistics_from``, the running statistics are used as they are.
         """
-        # Too few images tell less than the running statistics.
-        if self._is_stale and self._recent.num_images >= self._statistics.least:
-            self.recalibrate(self._recent)
+        if self._is_stale and self._recent:
+            self.recalibrate(list(self._recent))
         if self.training:
             self.eval()
         images = self._arrange(images)
@@ -604,9 +604,10 @@ class LocalLearner(nn.Module):
 
     def _end_step(self, images: Inputs) -> None:
         self._consider_compiling()
-        self._is_stale = self._has_two_points
+        # Small batches are trained on by the running statistics, which are then the right ones.
+        self._is_stale = self._has_two_points and num_inputs(images) >= self._statistics.least
         if self._is_stale:
-            self._recent.add(images)
+            self._recent.append(tree_map_only(Tensor, Tensor.detach, images))
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Kernels and streams go to the current device, which may be another of several."""

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from locallearn.engine.blocks import bound_forward, observing, standing_in
 
 # Below it running statistics are used: see docs/streaming.md for what was measured.
-BATCH_STATISTICS_FROM = 2
+BATCH_STATISTICS_FROM = 3
 # A BatchNorm's momentum is taken to be meant for batches of so many images.
-_USUAL_BATCH = 128
+USUAL_BATCH = 128
 # Mean 0 and variance 1, which a BatchNorm begins with, count as so many images.
 _PRIOR_IMAGES = 8.0
 
@@ -195,7 +195,7 @@ def _horizon(norm: BatchNorm) -> float:
     """Images; endless where the layer's averages are."""
     if norm.momentum is None or norm.momentum <= 0:
         return float("inf")
-    return _USUAL_BATCH / norm.momentum
+    return USUAL_BATCH / norm.momentum
 
 
 def _is_fresh(norm: BatchNorm) -> bool:

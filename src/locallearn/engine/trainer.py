@@ -23,6 +23,7 @@ from locallearn.engine.building import (
     choose_run_backend,
     evaluation_loader,
     load_data,
+    needs_recalibration,
     recalibrate,
     training_loader,
 )
@@ -31,7 +32,7 @@ from locallearn.engine.environment import describe_environment
 from locallearn.engine.evaluation import evaluate
 from locallearn.engine.graphs import GraphedStep, can_be_graphed
 from locallearn.engine.learner import LocalLearner, StepResult
-from locallearn.engine.optimizers import build_schedule, optimizer_spec
+from locallearn.engine.optimizers import build_schedule
 from locallearn.engine.run import (
     NETWORK_COLUMNS,
     Row,
@@ -189,8 +190,7 @@ class Trainer:
             for name, optimizer in self.learner.optimizers.items()
             if (schedule := build_schedule(settings.schedule, optimizer, self.num_epochs))
         }
-        assert settings.optimizer is not None
-        self._recalibrates = optimizer_spec(settings.optimizer).is_schedule_free
+        self._recalibrates = needs_recalibration(settings)
         self.train_loader = training_loader(settings, dataset, self.device)
         if self.train_loader.num_images < 2:
             raise UserError("a training set of one image is too small: give at least two.")
