@@ -1,6 +1,7 @@
 """Peak activation memory and computing time of a step of any model: a rule beside backpropagation.
 
 python benchmarks/step_of_a_model.py MODEL [--rule RULE] [--batch-size N] [--image-size S]
+    [--backend autograd|reference]
 
 Both sides in eager mode, on noise, on the CPU; `locallearn bench` compares with a compiled
 backpropagation too, and on CUDA. Time is the processor's and not the clock's, one thread, the two
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--rule", default="lls-mxm")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--backend", default="autograd")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -41,7 +43,7 @@ def main() -> None:
             rule,
             num_classes=10,
             example_input=images,
-            backend="autograd",
+            backend=given.backend,
             recalibration_batches=0,
         )
         steps[rule] = functools.partial(learner.step, images, labels)

@@ -596,8 +596,8 @@ def test_progress(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"epochs": 0}, r"--epochs must be at least 1, got 0"),
-        ({"batch_size": 1}, r"--batch-size must be at least 2 \(BatchNorm needs two images\)"),
-        ({"batch_size": -5}, r"--batch-size must be at least 2, got -5"),
+        ({"batch_size": 0}, r"--batch-size must be at least 1, got 0"),
+        ({"batch_size": -5}, r"--batch-size must be at least 1, got -5"),
         ({"test_batch_size": 0}, r"--test-batch-size must be at least 1"),
         ({"lr": -1.0}, r"--lr must be above 0, got -1.0"),
         ({"lr": float("nan")}, r"--lr must be above 0, got nan"),

@@ -31,8 +31,8 @@ class ImageLoader:
     """Epochs of (images, labels) batches.
 
     The order and the augmentation of an epoch follow from (seed, epoch) alone, so any epoch can
-    be entered at any batch. A last batch of one image is left out where ``shuffle`` is set, since
-    BatchNorm cannot train on it.
+    be entered at any batch. A last batch of one image, where the others have more, is left out if
+    ``shuffle`` is set: BatchNorm cannot train on it as on the others.
 
     Arguments:
         source: the images.
@@ -74,7 +74,7 @@ class ImageLoader:
         self._mean = torch.tensor(inputs.mean, device=device)
         self._std = torch.tensor(inputs.std, device=device)
         self._ends: list[int] = [*range(batch_size, len(source), batch_size), len(source)]
-        if shuffle and len(source) > 1 and (len(source) - 1) % batch_size == 0:
+        if shuffle and batch_size > 1 and len(source) > 1 and len(source) % batch_size == 1:
             self._ends.pop()
 
     def __len__(self) -> int:

@@ -23,6 +23,8 @@ from locallearn.data.dataset import free_memory_bytes
 from locallearn.engine.blocks import freeze, needs_batch, plan_blocks
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
+from locallearn.engine.optimizers import optimizer_spec
+from locallearn.engine.statistics import BATCH_STATISTICS_FROM
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend, missing_for
 from locallearn.models import Block, build_model, is_foreign
@@ -285,6 +287,18 @@ def evaluation_loader(
 ) -> ImageLoader:
     """Batches of a part in its own order, cropped at the centre."""
     return ImageLoader(source, dataset.inputs, batch_size=batch_size, device=device)
+
+
+def needs_recalibration(settings: TrainConfig) -> bool:
+    """Whether BatchNorm's running statistics are not those to evaluate with: of a schedule-free
+    optimizer's training point, in batches that are large enough to be normalised by.
+
+    Arguments:
+        settings: resolved.
+    """
+    assert settings.optimizer is not None
+    is_schedule_free = optimizer_spec(settings.optimizer).is_schedule_free
+    return is_schedule_free and settings.batch_size >= BATCH_STATISTICS_FROM
 
 
 def recalibrate(learner: LocalLearner, loader: ImageLoader, epoch: int = 0) -> None:

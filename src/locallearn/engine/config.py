@@ -139,14 +139,11 @@ class TrainConfig:
             raise unknown_name("augmentation", self.augment, AUGMENTATIONS)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
-        smallest = 2 if self.norm == "batch" else 1
-        lowest = dict.fromkeys(("epochs", "test_batch_size", "group_blocks"), 1)
-        lowest |= {"batch_size": smallest, "limit_train": 1, "limit_test": 1}
-        for name, low in lowest.items():
+        counts = ("epochs", "batch_size", "test_batch_size", "group_blocks")
+        for name in (*counts, "limit_train", "limit_test"):
             value = getattr(self, name)
-            if value is not None and value < low:
-                why = " (BatchNorm needs two images)" if name == "batch_size" and value == 1 else ""
-                raise UserError(f"{flag(name)} must be at least {low}{why}, got {value}.")
+            if value is not None and value < 1:
+                raise UserError(f"{flag(name)} must be at least 1, got {value}.")
         if self.num_threads is not None and not 1 <= self.num_threads <= _MAX_THREADS:
             raise UserError(
                 f"--num-threads must be at least 1 and at most {_MAX_THREADS}, "
@@ -159,6 +156,7 @@ class TrainConfig:
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--weight-decay must be at least 0, got {self.weight_decay}.")
         num_parts = rule.num_accumulated if isinstance(rule, Backprop) else 1
+        smallest = 2 if self.norm == "batch" else 1
         if num_parts * smallest > self.batch_size and num_parts > 1:
             raise UserError(
                 f"--bp-memory accumulate:{num_parts} leaves less than {smallest} of "

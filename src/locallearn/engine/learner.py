@@ -48,9 +48,11 @@ from locallearn.engine.optimizers import (
     optimizer_factory,
     set_mode,
 )
+from locallearn.engine.pooling import pooled
 from locallearn.engine.procedures import LocalUpdates, logits_of
 from locallearn.engine.procedures.base import not_below_float32
 from locallearn.engine.processes import check_one_process
+from locallearn.engine.statistics import BATCH_STATISTICS_FROM, RunningStatistics
 from locallearn.engine.units import BlockUnit, GenericUnit, UnitSignal
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend, missing_for
@@ -153,7 +155,10 @@ class LocalLearner(nn.Module):
         recalibration_batches: how many of the last training batches to hold on to, so that the
             first inference after training can re-estimate BatchNorm's running statistics on them
             (with a schedule-free optimizer; see :meth:`recalibrate`). 0 holds none and leaves
-            that to the caller.
+            that to the caller. Batches below ``batch_statistics_from`` are not held.
+        batch_statistics_from: so many images a batch must have for BatchNorm to normalise by it.
+            Smaller ones are normalised by the running statistics, which take them in
+            (docs/streaming.md). 1 for always by the batch, as torch has it.
 
     Raises:
         UserError: a model without blocks, overlapping or unknown blocks, an unknown rule,
@@ -184,6 +189,7 @@ class LocalLearner(nn.Module):
         overlap_updates: bool = False,
         compile: bool = False,
         recalibration_batches: int = 8,
+        batch_statistics_from: int = BATCH_STATISTICS_FROM,
     ) -> None:
         super().__init__()
         check_one_process()
@@ -214,6 +220,12 @@ class LocalLearner(nn.Module):
         self._is_auto = backend == "auto"
         self._num_elements = 0  # values of z that the steps have made
         self.state_number = 0  # of the loaded states; a captured graph is for one
+        if batch_statistics_from < 1:
+            raise UserError(
+                f"batch_statistics_from must be at least 1, which is always by the batch, got "
+                f"{batch_statistics_from}."
+            )
+        self._statistics = RunningStatistics(model, batch_statistics_from)
         side_stream: torch.cuda.Stream | None = None
         if overlap_updates:
             if self._device.type != "cuda":
@@ -455,9 +467,10 @@ class LocalLearner(nn.Module):
 
         Arguments:
             batches: image batches of the training set, augmented as in training; the authors
-                take 50.
+                take 50. Those of fewer images than ``batch_statistics_from`` are put together.
         """
-        arranged = (self._arrange(images) for images in batches)
+        pools = pooled(batches, self._statistics.least)
+        arranged = (self._arrange(images) for images in pools)
         first = next(arranged, None)
         if first is None:
             raise UserError("recalibrate needs at least one batch, got none.")
@@ -508,6 +521,7 @@ class LocalLearner(nn.Module):
             "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
             "backend": self.backend,
             "num_elements": self._num_elements,
+            "statistics": self._statistics.state(),
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -517,6 +531,7 @@ class LocalLearner(nn.Module):
             KeyError, RuntimeError, ValueError: the state is of another model, rule or optimizer.
         """
         self.model.load_state_dict(state["model"])
+        self._statistics.load(state.get("statistics"))  # an earlier version's has none
         self.heads.load_state_dict(state["heads"])
         optimizers = self.optimizers
         if set(optimizers) != set(state["optimizers"]):
@@ -548,7 +563,8 @@ class LocalLearner(nn.Module):
         """Inference: logits (N, K), float32, in evaluation mode (switched to where need be).
 
         The first one after training with a schedule-free optimizer re-estimates BatchNorm's
-        statistics at the averaged weights, on the last training batches.
+        statistics at the averaged weights, on the last training batches; where these were below
+        ``batch_statistics_from``, the running statistics are used as they are.
         """
         images = self._before_inference(images)
         with self._frozen_in_slices(), self._autocast(self._device.type):
@@ -710,7 +726,11 @@ class LocalLearner(nn.Module):
 
     def _step(self, images: Inputs, labels: Tensor) -> StepResult:
         try:
-            with torch.enable_grad(), self._autocast(self._device.type):
+            with (
+                torch.enable_grad(),
+                self._autocast(self._device.type),
+                self._statistics.step(self._parts.procedure.num_at_a_time(len(labels))),
+            ):
                 logits, loss, signals = self._parts.procedure(images, labels)
         except BaseException:
             self._abandon()
@@ -771,6 +791,7 @@ class LocalLearner(nn.Module):
                 self._on_device(),
                 torch.enable_grad(),
                 self._autocast(self._device.type),
+                self._statistics.step(len(labels)),
                 procedure.learning(labels, local.signals),
             ):
                 yield local
@@ -784,8 +805,10 @@ class LocalLearner(nn.Module):
 
     def _end_step(self, images: Inputs) -> None:
         self._consider_compiling()
-        self._recent.append(tree_map_only(Tensor, Tensor.detach, images))
-        self._is_stale = self._has_two_points
+        # Small batches are trained on by the running statistics, which are then the right ones.
+        self._is_stale = self._has_two_points and num_inputs(images) >= self._statistics.least
+        if self._is_stale:
+            self._recent.append(tree_map_only(Tensor, Tensor.detach, images))
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Kernels and streams go to the current device, which may be another of several."""

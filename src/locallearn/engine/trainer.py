@@ -23,6 +23,7 @@ from locallearn.engine.building import (
     choose_run_backend,
     evaluation_loader,
     load_data,
+    needs_recalibration,
     recalibrate,
     training_loader,
 )
@@ -31,7 +32,7 @@ from locallearn.engine.environment import describe_environment
 from locallearn.engine.evaluation import evaluate
 from locallearn.engine.graphs import GraphedStep, can_be_graphed
 from locallearn.engine.learner import LocalLearner, StepResult
-from locallearn.engine.optimizers import build_schedule, optimizer_spec
+from locallearn.engine.optimizers import build_schedule
 from locallearn.engine.run import (
     NETWORK_COLUMNS,
     Row,
@@ -189,11 +190,10 @@ class Trainer:
             for name, optimizer in self.learner.optimizers.items()
             if (schedule := build_schedule(settings.schedule, optimizer, self.num_epochs))
         }
-        assert settings.optimizer is not None
-        self._recalibrates = optimizer_spec(settings.optimizer).is_schedule_free
+        self._recalibrates = needs_recalibration(settings)
         self.train_loader = training_loader(settings, dataset, self.device)
         if self.train_loader.num_images < 2:
-            raise UserError("a training set of one image is too small: BatchNorm needs two.")
+            raise UserError("a training set of one image is too small: give at least two.")
         # On CUDA the whole step, augmentation included, is one graph; see `graphs`.
         self._step: Callable[[Crops, Tensor], StepResult] = self._plain_step
         if settings.cuda_graph and can_be_graphed(self.learner):
@@ -388,8 +388,7 @@ class Trainer:
             twin = build_learner(self.settings, inputs, dataset.num_classes, device=self.device)
             images = torch.randn(size, inputs.num_channels, *inputs.image_size)
             labels = torch.arange(size) % dataset.num_classes
-            if size > 1:
-                twin.step(images.to(self.device), labels.to(self.device))
+            twin.step(images.to(self.device), labels.to(self.device))
 
     def _make_batch(self, crops: Crops, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self.train_loader.images(crops), labels

@@ -13,11 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from locallearn.engine.building import build_learner
+from locallearn.engine.building import build_learner, needs_recalibration
 from locallearn.engine.exits import ExitRecord
 from locallearn.engine.files import write_atomically
 from locallearn.engine.learner import LocalLearner
-from locallearn.engine.optimizers import optimizer_spec
 from locallearn.engine.run import RunConfig, RunDirectory, load_checkpoint
 from locallearn.errors import UserError
 
@@ -126,8 +125,7 @@ def _from_checkpoint(path: Path) -> Trained:
     learner = build_learner(config.settings, config.inputs, len(config.class_names))
     try:
         learner.load_training_state(state["learner"])
-        assert config.settings.optimizer is not None
-        is_stale = state["step"] > 0 and optimizer_spec(config.settings.optimizer).is_schedule_free
+        is_stale = state["step"] > 0 and needs_recalibration(config.settings)
         num_epochs = state["epoch"]
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} does not fit its own settings ({error}).") from error

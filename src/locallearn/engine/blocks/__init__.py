@@ -34,7 +34,12 @@ from locallearn.engine.blocks.recognition import (
     cut_at_head,
     recognize,
 )
-from locallearn.engine.blocks.standing_in import standing_in
+from locallearn.engine.blocks.standing_in import (
+    bound_forward,
+    observer_of,
+    observing,
+    standing_in,
+)
 from locallearn.engine.blocks.trace import Inputs, call_model, evaluating, few, num_inputs
 
 __all__ = [
@@ -52,6 +57,7 @@ __all__ = [
     "NetworkPlan",
     "NormalizedLayer",
     "Parts",
+    "bound_forward",
     "call_model",
     "choose",
     "cut_at_head",
@@ -63,6 +69,8 @@ __all__ = [
     "modules_of",
     "needs_batch",
     "num_inputs",
+    "observer_of",
+    "observing",
     "output_place",
     "own_blocks",
     "parse_blocks",

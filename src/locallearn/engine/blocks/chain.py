@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from locallearn.engine.blocks.standing_in import bound_forward
+
 
 class Chain(nn.Module):
     """Layers which a model holds side by side, and runs each on the output of the one before.
@@ -18,7 +20,7 @@ class Chain(nn.Module):
     def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
-        self._forwards = [member.forward for member in members]
+        self._forwards = [bound_forward(member) for member in members]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         first, *others = self._forwards

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from locallearn.engine.blocks.chain import Chain
+from locallearn.engine.blocks.standing_in import bound_forward
 from locallearn.models import Block, ConvBlock, DepthwiseSeparableBlock, LinearBlock
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -39,7 +40,8 @@ class NormalizedLayer:
 
     def forward(self) -> Callable[[Tensor], Tensor]:
         """The function, of the modules' forwards as they are now."""
-        layer, norm, slope = self.layer.forward, self.norm.forward, self.negative_slope
+        norm, slope = bound_forward(self.norm), self.negative_slope
+        layer = self.layer.forward
         if isinstance(getattr(self.norm, "act", None), nn.Module):
             return lambda x: norm(layer(x))  # timm's norm has its activation inside
         if slope == _NO_ACTIVATION:
@@ -83,12 +85,12 @@ def cut_at_head(block: nn.Module, *, head_after_pool: bool = False) -> Halves:
         head_after_pool: the head reads the block's output instead.
     """
     if head_after_pool:
-        return Halves(block.forward)
+        return Halves(bound_forward(block))
     if isinstance(block, Block):
         return Halves(block.activation, block.downsample)
     form = recognize(block)
     if form is None or form.max_pool == 1:
-        return Halves(block.forward)
+        return Halves(bound_forward(block))
     inner = None if form.inner is None else form.inner.forward()
     last, size = form.last.forward(), form.max_pool
 

@@ -12,7 +12,14 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from locallearn.engine.blocks import FrozenRun, Inputs, call_model, forwards_through, standing_in
+from locallearn.engine.blocks import (
+    FrozenRun,
+    Inputs,
+    bound_forward,
+    call_model,
+    forwards_through,
+    standing_in,
+)
 from locallearn.engine.procedures.base import (
     Outcome,
     OutputLayer,
@@ -55,7 +62,7 @@ class Backpropagation:
         self._num_batches = num_batches
 
     def __call__(self, images: Inputs, labels: Tensor) -> Outcome:
-        num_batches = min(self._num_batches, max(1, len(labels) // self._smallest))
+        num_batches = self._num_parts(len(labels))
         if num_batches > 1:
             return self._accumulate(images, labels, num_batches)
         logits = self._logits(images)
@@ -63,6 +70,12 @@ class Backpropagation:
             loss = self._output_layer.loss(logits, labels)
             self._output_layer.learn(loss)
         return Outcome(logits.detach(), loss.detach(), {})
+
+    def num_at_a_time(self, num_images: int) -> int:
+        return num_images // self._num_parts(num_images)
+
+    def _num_parts(self, num_images: int) -> int:
+        return min(self._num_batches, max(1, num_images // self._smallest))
 
     def _logits(self, images: Inputs) -> Tensor:
         with standing_in(self._standing_in):
@@ -120,7 +133,7 @@ class CheckpointedBackpropagation(Backpropagation):
 
 
 def _through_checkpoint(block: nn.Module) -> Callable[..., Any]:
-    inner = block.forward
+    inner = bound_forward(block)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Of the forward, and of its repetition."""

@@ -42,6 +42,10 @@ class Procedure(Protocol):
 
     def __call__(self, images: Inputs, labels: Tensor) -> Outcome: ...
 
+    def num_at_a_time(self, num_images: int) -> int:
+        """How many of a batch's images go through the model together."""
+        ...
+
 
 class OutputLayer:
     """What lies in no block: it learns from the cross-entropy of the logits.

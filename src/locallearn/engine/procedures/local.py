@@ -56,6 +56,9 @@ class LocalUpdates:
             self._output_layer.learn(loss)
         return Outcome(logits.detach(), loss.detach(), signals)
 
+    def num_at_a_time(self, num_images: int) -> int:
+        return num_images
+
     @contextmanager
     def learning(self, labels: Tensor, signals: dict[str, UnitSignal]) -> Iterator[None]:
         """Within: each block learns when the model's forward comes to it.

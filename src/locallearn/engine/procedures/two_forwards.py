@@ -158,6 +158,9 @@ class TwoForwards:
                 unit.update()
         return Outcome(logits, loss, {})
 
+    def num_at_a_time(self, num_images: int) -> int:
+        return num_images
+
     def _learning(self, unit: ModulatedUnit) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             return unit.learn(x, updates=self._is_layerwise)

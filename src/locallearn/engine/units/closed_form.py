@@ -9,13 +9,13 @@ the tiny head makes the loss and every gradient but that of z; a second pass ove
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from locallearn.engine.blocks import ClosedForm, NormalizedLayer
+from locallearn.engine.blocks import ClosedForm, NormalizedLayer, observer_of
 from locallearn.engine.units.base import UnitResult, UnitSignal, num_correct
 from locallearn.engine.units.generic import GenericUnit
 from locallearn.engine.units.layers import (
@@ -59,8 +59,15 @@ class _Normalized:
         self.gamma, self.beta = self.norm.weight, self.norm.bias
         self.slope = normalized.negative_slope
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether it normalises by running statistics in this step; see `engine.statistics`."""
+        return observer_of(self.norm) is not None
+
     def stats(self, z: Tensor, kernels: Kernels) -> ChannelStats:
         norm = self.norm
+        if (observer := observer_of(norm)) is not None:
+            return self._running_stats(z, observer)
         if z.numel() == z.shape[1]:
             raise UserError(
                 f"BatchNorm has one value for each channel of {tuple(z.shape)}, which has no "
@@ -77,6 +84,22 @@ class _Normalized:
                 norm.running_mean.add_(self.layer.bias.detach(), alpha=norm.momentum)
             _give(self.layer.bias, torch.zeros_like(self.layer.bias))
         return stats
+
+    def _running_stats(self, z: Tensor, observer: Callable[..., None]) -> ChannelStats:
+        """The running statistics, once they have taken z in; without the layer's bias, as z is."""
+        norm, bias = self.norm, self.layer.bias
+        bias = None if bias is None else bias.detach()
+        observer(z, bias)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        # New tensors: the layer may run again while another stream still reads these.
+        mean = norm.running_mean.clone() if bias is None else norm.running_mean - bias
+        return ChannelStats(mean, torch.rsqrt(norm.running_var + norm.eps))
+
+    def zeros(self) -> Tensor:
+        """(C,): what constant statistics take from the gradient."""
+        assert self.norm.running_mean is not None
+        return torch.zeros_like(self.norm.running_mean)
 
 
 class ClosedFormUnit(GenericUnit):
@@ -112,11 +135,17 @@ class ClosedFormUnit(GenericUnit):
 
     def step(self, labels: Tensor, *args: Any, **kwargs: Any) -> UnitResult:
         # A BatchNorm in evaluation mode normalises by its running statistics.
-        if self.backend == "autograd" or not all(norm.training for norm in self._norms):
+        is_covered = all(norm.training for norm in self._norms) or self._is_constant
+        if self.backend == "autograd" or not is_covered:
             return super().step(labels, *args, **kwargs)
         (x,) = (*args, *kwargs.values())
         with torch.no_grad():
             return self._closed_form(labels, x)
+
+    @property
+    def _is_constant(self) -> bool:
+        """Whether the statistics are constants, in a block of one layer: see `_grad_z`."""
+        return self._form.inner is None and self._normalized.is_constant
 
     def _closed_form(self, labels: Tensor, x: Tensor) -> UnitResult:
         layer = self._form.last.layer
@@ -126,9 +155,16 @@ class ClosedFormUnit(GenericUnit):
             output, stats, moments = self._forward(z)
             with self._aside(x, weight, z, *stats, *moments):
                 head = self._learn(moments, labels)
-                if layer.weight.requires_grad:
+                learns_bias = (
+                    self._is_constant and layer.bias is not None and layer.bias.requires_grad
+                )
+                if layer.weight.requires_grad or learns_bias:
                     grad_z = self._grad_z(z, head, stats)
-                    _give(layer.weight, grad_weight(layer, grad_z, x, weight))
+                    if learns_bias:
+                        axes = [0, *range(2, grad_z.ndim)]
+                        _give(layer.bias, grad_z.sum(axes, dtype=layer.bias.dtype))
+                    if layer.weight.requires_grad:
+                        _give(layer.weight, grad_weight(layer, grad_z, x, weight))
                     del grad_z
                 del z
                 self._update()
@@ -192,16 +228,18 @@ class ClosedFormUnit(GenericUnit):
         return _HeadGradients(signal, grad, *moment_gradients(moments, grad))
 
     def _grad_z(self, z: Tensor, head: _HeadGradients, stats: ChannelStats) -> Tensor:
-        """dL/dz, in z's memory."""
+        """dL/dz, in z's memory. Of constant statistics dL/dgamma and dL/dbeta are no part of it."""
         normalized = self._normalized
+        grads = (head.grad_gamma, head.grad_beta)
+        if self._is_constant:
+            grads = (normalized.zeros(),) * 2
         return self.kernels.block_backward(
             z,
             head.grad_latents,
             stats,
             normalized.gamma,
             normalized.beta,
-            head.grad_gamma,
-            head.grad_beta,
+            *grads,
             negative_slope=normalized.slope,
         )
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from locallearn.engine.blocks import (
     PLAIN,
     Layout,
+    bound_forward,
     cut_at_head,
     forwards_through,
     output_place,
@@ -62,7 +63,7 @@ class GenericUnit(BlockUnit):
         # Batches of inference come in any size, for each of which one would be compiled.
         self._infer_activation = halves.activation
         self._downsample = halves.downsample
-        self._leading: list[Callable[..., Any]] = [leader.forward for leader in self.leaders]
+        self._leading: list[Callable[..., Any]] = [bound_forward(leader) for leader in self.leaders]
         # Leaders that have run in this step: number, output, and the leaf that the model was given.
         self._led: list[tuple[int, Tensor, Tensor]] = []
         if compile_block:
