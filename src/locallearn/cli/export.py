@@ -133,6 +133,8 @@ def export(
     compare(model, reference, batches_of_sizes(first)).check(tolerance)
     write_atomically(target, content)
     files = [_File(target, len(content), model, comparison)]
+    is_real = data.dataset is not None
+    _print_checked(trained, files[0], tolerance, is_real=is_real)
     if int8:
         assert data.dataset is not None
         calibration = [batch.images for batch in data.calibration()]
@@ -140,12 +142,13 @@ def export(
         small = target.with_name(f"{target.stem}.int8{suffix}")
         quantized, model = int8_content(content, description, calibration, num)
         write_atomically(small, quantized)
-        files.append(_File(small, len(quantized), model, compare(model, reference, data.batches())))
+        again = iter(answers)  # of the same batches
+        comparison = compare(model, lambda inputs: next(again), data.batches())
+        files.append(_File(small, len(quantized), model, comparison))
     times = _times(reference, files, first)
-    _print(trained, description, files, times, tolerance, is_real=data.dataset is not None)
+    _print_table(files, times)
     if json is not None:
-        figures = _figures(trained, files, times, is_real=data.dataset is not None)
-        write_json(Path(json), figures)
+        write_json(Path(json), _figures(trained, files, times, is_real=is_real))
         print(f"figures written to {json}")
 
 
@@ -327,26 +330,15 @@ def _times(reference: Reference, files: list[_File], batch: Checked) -> dict[int
     return found
 
 
-def _print(
-    trained: Trained,
-    description: Description,
-    files: list[_File],
-    times: dict[int, dict[str, float]],
-    tolerance: float,
-    *,
-    is_real: bool,
-) -> None:
-    import torch
-
-    from locallearn.data.listening import readable_size
-    from locallearn.engine.environment import device_name
+def _print_checked(trained: Trained, file: _File, tolerance: float, *, is_real: bool) -> None:
+    """At once, since int8 and the times take a while."""
     from locallearn.export.verification import BATCH_SIZES
 
-    first = files[0].comparison
+    first, description = file.comparison, file.model.description
     what = "test images" if is_real else "images of noise"
     shape = ", ".join(map(str, ("batch", *description.shape)))
     dtype = str(description.input_dtype).removeprefix("torch.")
-    print(f"{files[0].path}: images, {dtype} ({shape}) -> {', '.join(description.output_names)}")
+    print(f"{file.path}: images, {dtype} ({shape}) -> {', '.join(description.output_names)}")
     largest = max(first.max_difference.values())
     print(
         f"beside the network on {first.num_images:,} {what}: logits differ by {largest:.1e} at "
@@ -365,6 +357,15 @@ def _print(
             f"note: the run computes in {trained.config.settings.precision}; the file, and the "
             f"network that it is compared with, compute in float32"
         )
+
+
+def _print_table(files: list[_File], times: dict[int, dict[str, float]]) -> None:
+    import torch
+
+    from locallearn.data.listening import readable_size
+    from locallearn.engine.environment import device_name
+
+    first = files[0].comparison
     table = Table(box=None, pad_edge=False)
     table.add_column("", overflow="fold")
     for heading in ("size", "same class", "accuracy", *(f"batch {size}" for size in times)):
