@@ -147,8 +147,15 @@ def test_parts_of_a_step_by_hand() -> None:
     assert step.to_json()["peak_bytes"] == step.peak_bytes
 
 
-@pytest.mark.parametrize("optimizer", ["schedulefree-adamw", "adamw", "sgd"])
-@pytest.mark.parametrize("model", [smallconv, resnet])
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [
+        (smallconv, "schedulefree-adamw"),
+        (smallconv, "adamw"),
+        (smallconv, "sgd"),
+        (resnet, "schedulefree-adamw"),
+    ],
+)
 def test_predictions_hold(model: Any, optimizer: str) -> None:
     make = maker(model, optimizer)
     probe = LocalProbe(make, "lls-mxm", SHAPE, K, 10**12, CPU)
