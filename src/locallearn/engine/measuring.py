@@ -69,9 +69,16 @@ def memory_timeline(call: Callable[[Mark], object], device: torch.device | str =
         device: where the tensors are.
     """
     device = torch.device(device)
-    gc.collect()  # what is freed meanwhile is to be the call's own
-    if device.type == "cuda":
-        return _on_cuda(call, device)
+    is_collecting = gc.isenabled()
+    gc.disable()  # what is freed meanwhile is to be the call's own
+    try:
+        return _on_cuda(call, device) if device.type == "cuda" else _on_cpu(call)
+    finally:
+        if is_collecting:
+            gc.enable()
+
+
+def _on_cpu(call: Callable[[Mark], object]) -> Timeline:
     # The profiler tells of itself on standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # Not torch.profiler.profile: PyTorch 2.11's warns unless it is told to prepare every event for
@@ -100,7 +107,7 @@ def memory_timeline(call: Callable[[Mark], object], device: torch.device | str =
 
 
 def mark(label: str) -> None:
-    """End a segment of the timeline that is being taken on the CPU, if one is, and begin another."""
+    """End a segment of the timeline that is being taken on the CPU, if one is; begin another."""
     with torch.autograd.profiler.record_function(_MARK + label):
         pass
 
