@@ -17,6 +17,7 @@ from locallearn.cli import (
     cost,
     doctor,
     evaluate,
+    finetune,
     listing,
     predict,
     report,
@@ -36,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("reproduce")(reproduce.reproduce)

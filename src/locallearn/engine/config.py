@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from locallearn.data import AUGMENTATIONS, dataset_spec
+from locallearn.data import AUGMENTATIONS, FEATURE_DTYPES, dataset_spec
 from locallearn.engine.learner import PRECISIONS
 from locallearn.engine.optimizers import check_schedule, usual_optimizer
 from locallearn.errors import UserError, unknown_name
@@ -21,6 +21,7 @@ from locallearn.models.sources import absolute_name, model_digest, short_name
 from locallearn.rules import Backprop, Rule, build_rule, split_rule
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+KEPT = ("last", "best")
 _MAX_THREADS = 1024
 _NAMED = ("dataset", "model", "rule")
 # Of the package's own networks, which alone are built of our blocks.
@@ -29,7 +30,7 @@ _OF_THE_HEADS = ("group_blocks", "head_after_pool")
 
 # Options of rules that have flags of their own on the command line; others are given with the
 # rule's name (`rules.parse_rule`).
-_RULE_OPTIONS = (
+RULE_OPTIONS = (
     "basis",
     "setting",
     "temperature",
@@ -53,6 +54,10 @@ class TrainConfig:
 
     ``model_digest`` has no flag: it is the sha256 of the Python file that builds the model, where
     one does, and so tells whether that file has changed since.
+
+    The last eight are of `locallearn finetune`: ``start_from`` is its --from, ``start_digest`` the
+    sha256 of the weights that were there, ``feature_cache`` its --cache (``cache`` its
+    --image-cache).
     """
 
     dataset: str = "digits"
@@ -99,6 +104,14 @@ class TrainConfig:
     seed: int = 0
     limit_train: int | None = None
     limit_test: int | None = None
+    start_from: str | None = None
+    start_digest: str | None = None
+    memory_limit: str | None = None
+    balance: str = "off"
+    keep: str = "last"
+    feature_cache: str | None = None
+    cache_views: int = 1
+    cache_dtype: str = "float32"
 
     def resolve(self) -> TrainConfig:
         """The same settings checked, with every None that has a default filled in.
@@ -154,12 +167,26 @@ class TrainConfig:
                 f"{self.batch_size} images for each part; give --batch-size at least "
                 f"{num_parts * smallest}."
             )
+        for name, valid in (
+            ("balance", ("on", "off")),
+            ("keep", KEPT),
+            ("cache_dtype", tuple(FEATURE_DTYPES)),
+        ):
+            if getattr(self, name) not in valid:
+                raise unknown_name(flag(name), str(getattr(self, name)), valid)
+        if self.cache_views < 1:
+            raise UserError(f"--cache-views must be at least 1, got {self.cache_views}.")
+        if self.keep == "best" and not self.val_split:
+            raise UserError(
+                "--keep best chooses by the validation images, and none are held out. Give "
+                "--val-split, or leave --keep out."
+            )
         device = choose_device(self.device)
         if self.compile and (missing := missing_for("compiled", device)):
             raise UserError(f"--compile {missing}. Install it, or leave out --compile.")
         choose_backend(self.backend, device)
         options = rule.options()
-        filled: dict[str, Any] = {name: options.get(name) for name in _RULE_OPTIONS}
+        filled: dict[str, Any] = {name: options.get(name) for name in RULE_OPTIONS}
         return dataclasses.replace(
             self,
             **filled,
@@ -168,6 +195,8 @@ class TrainConfig:
             activation=None if is_foreign(self.model) else self.activation or rule.activation,
             data_dir=self.data_dir and str(Path(self.data_dir).expanduser().absolute()),
             cache=str(Path(self.cache).expanduser().absolute()) if self.cache else None,
+            feature_cache=self.feature_cache
+            and str(Path(self.feature_cache).expanduser().absolute()),
             epochs=self.epochs or paper_epochs(self.model, self.dataset),
             optimizer=optimizer,
             # Of a model of another make the learner chooses it, by what the model is made of.
@@ -197,7 +226,7 @@ class TrainConfig:
     def build_rule(self) -> Rule:
         """The rule with those of its options that are given."""
         name, options = split_rule(self.rule)
-        for option in _RULE_OPTIONS:
+        for option in RULE_OPTIONS:
             value = getattr(self, option)
             if value is not None and options.setdefault(option, value) != value:
                 raise UserError(
@@ -236,6 +265,7 @@ class TrainConfig:
             "compile": False,
             "data_dir": None,
             "cache": None,
+            "feature_cache": None,
         }
         own = {name: getattr(config, name) for name in portable}
         try:

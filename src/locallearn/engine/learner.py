@@ -475,6 +475,11 @@ class LocalLearner(nn.Module):
             self.recalibrate(list(self._recent))
         if self.training:
             self.eval()
+        return self.infer(images)
+
+    @torch.no_grad()
+    def infer(self, images: Inputs) -> Tensor:
+        """Logits (N, K), float32, in the modes that the modules are in, which stay so."""
         images = self._arrange(images)
         with self._autocast(self._device.type):
             logits = logits_of(call_model(self.model, images))
