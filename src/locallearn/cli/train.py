@@ -85,6 +85,14 @@ def train(
             _MODEL,
         ),
     ] = "auto",
+    trained_blocks: Annotated[
+        str,
+        _option(
+            "Blocks that learn, by commas, as in --blocks; the others stay as they are. "
+            "none: the output layer alone. Default: all.",
+            _MODEL,
+        ),
+    ] = "all",
     dropout: Annotated[
         float, _option("Dropout between blocks, probability. Default: 0.", _MODEL)
     ] = 0.0,

@@ -71,19 +71,21 @@ class Assembly:
         heads: of the units, in their order; and whatever else the rule trains.
         rest_optimizers: of what lies in no block: "" -> its optimizer, or, with bp's
             fused-optimizer, parameter name -> its own.
+        frozen: modules that stay in evaluation mode.
         procedure: the training step.
     """
 
     units: list[BlockUnit]
     heads: list[nn.Module]
     rest_optimizers: dict[str, Optimizer]
+    frozen: list[nn.Module]
     procedure: Procedure
 
 
 def assemble(
     model: nn.Module, rule: Rule, plan: NetworkPlan | None, settings: Settings
 ) -> Assembly:
-    """The parts of a learner.
+    """The parts of a learner. What the plan says is frozen is so from here on.
 
     Arguments:
         model: whose blocks the plan names.
@@ -96,6 +98,11 @@ def assemble(
     """
     if rule.requires in (Requirement.END_TO_END, Requirement.TWO_FORWARDS):
         _check_not_blockwise(rule, settings)
+    frozen_blocks: list[nn.Module] = []
+    frozen_modules: list[nn.Module] = []
+    if plan is not None:
+        frozen_blocks = [block.module for block in plan.blocks if block.is_frozen]
+        frozen_modules = _freeze(model, plan)
     units: list[BlockUnit] = []
     if plan is not None and rule.requires is not Requirement.END_TO_END:
         units = _build_units(model, rule, plan, settings)
@@ -130,11 +137,16 @@ def assemble(
         )
     elif isinstance(rule, LocalRule):
         procedure = LocalUpdates(
-            model, units, output_layer, settings.side_stream, allow_reuse=settings.allow_reuse
+            model,
+            units,
+            output_layer,
+            settings.side_stream,
+            allow_reuse=settings.allow_reuse,
+            frozen=frozen_blocks,
         )
     elif isinstance(rule, ErrorRule):
         waiting = [unit for unit in units if isinstance(unit, ErrorUnit)]
-        procedure = ErrorUpdates(model, waiting, output_layer)
+        procedure = ErrorUpdates(model, waiting, output_layer, frozen_blocks)
     elif isinstance(rule, Pepita):
         modulator = rule.build_modulator(settings.num_classes)
         modulator.to(next(model.parameters()).device)
@@ -148,7 +160,21 @@ def assemble(
             f"rule {rule.name!r} needs {rule.requires}, but is neither a LocalRule nor an "
             f"ErrorRule, Pepita or Backprop: the engine does not know how to run it."
         )
-    return Assembly(units, heads, rest_optimizers, procedure)
+    if not units and not rest:
+        raise UserError(
+            "nothing is left to learn: no block is trained, and no parameter in front of the "
+            "logits lies outside the blocks. Name blocks to train."
+        )
+    return Assembly(units, heads, rest_optimizers, frozen_modules, procedure)
+
+
+def _freeze(model: nn.Module, plan: NetworkPlan) -> list[nn.Module]:
+    """No gradients for what is frozen; the modules that stay in evaluation mode."""
+    for name in plan.frozen_parameters:
+        parameter = model.get_parameter(name)
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return [model.get_submodule(name) for name in plan.frozen_modules]
 
 
 def _build_units(
@@ -167,6 +193,8 @@ def _build_units(
     units: list[BlockUnit] = []
     for group in grouped(plan.blocks, settings.group_blocks):
         last = group[-1]
+        if last.is_frozen:
+            continue
         joined = [named[name] for block in group for name in block.joined]
         held = [p for block in group for p in block.module.parameters()]
         parameters = [p for p in dict.fromkeys([*held, *joined]) if id(p) not in shared]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from locallearn.data import (
     load_dataset,
 )
 from locallearn.data.dataset import free_memory_bytes
-from locallearn.engine.blocks import plan_blocks
+from locallearn.engine.blocks import freeze, needs_batch, plan_blocks
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
 from locallearn.errors import UserError
@@ -157,6 +158,7 @@ def build_learner(
         settings.build_rule(),
         num_classes=num_classes,
         blocks=settings.blocks,
+        trained_blocks=settings.trained_blocks,
         example_input=example,
         optimizer=settings.optimizer,
         lr=settings.lr,
@@ -214,7 +216,12 @@ def _count_own(settings: TrainConfig, dataset: Dataset) -> tuple[int, int]:
     with torch.device("meta"):
         model = build_network(settings, dataset.inputs, dataset.num_classes)
         image = torch.empty(1, dataset.inputs.num_channels, *dataset.inputs.image_size)
-        return count_normalized(model, image)
+        blocks = None
+        if settings.trained_blocks != "all" and not needs_batch(model, settings.blocks):
+            plan = plan_blocks(model, settings.blocks)
+            plan = freeze(model, plan, settings.trained_blocks, image)
+            blocks = [block.module for block in plan.blocks if not block.is_frozen]
+        return count_normalized(model, image, blocks)
 
 
 def _count_recognized(settings: TrainConfig, dataset: Dataset) -> tuple[int, int]:
@@ -227,10 +234,12 @@ def _count_recognized(settings: TrainConfig, dataset: Dataset) -> tuple[int, int
         inputs=_example_input(dataset.inputs),
         num_classes=dataset.num_classes,
     )
+    if settings.trained_blocks != "all":
+        plan = freeze(model, plan, settings.trained_blocks, _example_input(dataset.inputs))
     sizes = [
         block.view_shape[1:].numel()
         for block in plan.blocks
-        if block.view_shape and block.closed_form()
+        if block.view_shape and block.closed_form() and not block.is_frozen
     ]
     return len(sizes), sum(sizes)
 
@@ -241,9 +250,13 @@ def _example_input(inputs: InputSpec) -> Tensor:
     return torch.rand(3, inputs.num_channels, *inputs.image_size, generator=noise)
 
 
-def count_normalized(model: nn.Module, example_input: Tensor) -> tuple[int, int]:
-    """How many locallearn blocks there are, and how many values their BatchNorms see."""
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
+def count_normalized(
+    model: nn.Module, example_input: Tensor, blocks: Sequence[nn.Module] | None = None
+) -> tuple[int, int]:
+    """How many of these blocks there are (None: of locallearn's own make), and how many values
+    their BatchNorms see."""
+    if blocks is None:
+        blocks = [module for module in model.modules() if isinstance(module, Block)]
     counts: list[int] = []
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

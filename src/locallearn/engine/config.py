@@ -18,7 +18,7 @@ from locallearn.errors import UserError, unknown_name
 from locallearn.kernels import choose_backend, missing_for
 from locallearn.models import BlockStyle, is_foreign, model_spec
 from locallearn.models.sources import absolute_name, model_digest, short_name
-from locallearn.rules import Backprop, Rule, build_rule, split_rule
+from locallearn.rules import Backprop, Requirement, Rule, build_rule, split_rule
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 KEPT = ("last", "best")
@@ -66,6 +66,7 @@ class TrainConfig:
     model: str = "smallconv"
     model_digest: str | None = None
     blocks: str = "auto"
+    trained_blocks: str = "all"
     rule: str = "lls"
     basis: str | None = None
     setting: str | None = None
@@ -132,6 +133,16 @@ class TrainConfig:
         if not self.blocks.strip():
             raise UserError(
                 "--blocks is empty; name modules of the model, by commas, or leave it out."
+            )
+        if not self.trained_blocks.strip():
+            raise UserError(
+                "--trained-blocks is empty; name blocks of the model, by commas, or give all, or "
+                "none to train the output layer alone."
+            )
+        if self.trained_blocks != "all" and rule.requires is Requirement.TWO_FORWARDS:
+            raise UserError(
+                f"--rule {rule.name} trains all blocks; leave out --trained-blocks, or use another "
+                f"rule."
             )
         if not 0 < self.width < math.inf:
             raise UserError(f"--width must be above 0, got {self.width}.")

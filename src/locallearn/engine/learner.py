@@ -33,6 +33,8 @@ from locallearn.engine.blocks import (
     Inputs,
     NetworkPlan,
     call_model,
+    freeze,
+    learn_all,
     needs_batch,
     num_inputs,
     own_blocks,
@@ -119,6 +121,11 @@ class LocalLearner(nn.Module):
             model, and of any other model the repeated units of its stages (docs/own-model.md). Or
             names as in ``model.named_modules()``, globs ("layer*.?"), module types, as a sequence
             or in a string with commas ("stem,layer*.?,type:Bottleneck").
+        trained_blocks: which of the blocks learn: names, a stage's too (the blocks it holds), globs
+            or types, as `blocks`; None or "all": every one; "none" or an empty sequence: none. The
+            others are frozen: they keep weights and statistics and run in evaluation mode, without
+            graph, head or optimizer. What makes the logits and lies in no block always learns.
+            The model's blocks are then found from a batch, whatever the model.
         example_input: an input batch, as :meth:`step` takes it, from which blocks that are not the
             package's own, and the shapes of their outputs, are read; without one, from the first
             batch.
@@ -163,6 +170,7 @@ class LocalLearner(nn.Module):
         lr: float | None = None,
         weight_decay: float = 0.0,
         blocks: Blocks | None = "auto",
+        trained_blocks: Blocks | None = None,
         example_input: Inputs = None,
         allow_reuse: bool = False,
         group_blocks: int = 1,
@@ -216,6 +224,12 @@ class LocalLearner(nn.Module):
         self._is_stale = False
         self._has_two_points = False
         self._blocks: Blocks = "auto" if blocks is None else blocks
+        self._trained: Blocks | None = None if learn_all(trained_blocks) else trained_blocks
+        if self._trained is not None and self.rule.requires is Requirement.TWO_FORWARDS:
+            raise UserError(
+                f"rule {self.rule.name!r} compares two forwards of every layer, and trains all "
+                f"blocks; leave out trained_blocks, or use another rule."
+            )
         self._settings = Settings(
             num_classes=num_classes,
             make_optimizer=optimizer_factory(
@@ -232,7 +246,7 @@ class LocalLearner(nn.Module):
         self._assembly: Assembly | None = None
         if example_input is not None:
             self.build(example_input)
-        elif not self._needs_plan or not needs_batch(model, self._blocks):
+        elif not self._needs_plan or not self._needs_batch:
             self._assemble(None)
         elif self.rule.requires is Requirement.TWO_FORWARDS:
             raise UserError(
@@ -266,6 +280,12 @@ class LocalLearner(nn.Module):
         Known of the package's own networks alone: another's forward may do anything.
         """
         return bool(own_blocks(self.model)) and self._parts.procedure.can_be_graphed
+
+    @property
+    def frozen_names(self) -> list[str]:
+        """Names of the blocks that stay as they are (``trained_blocks``), as in the plan."""
+        plan = self.plan if self.is_built else None
+        return [] if plan is None else [block.name for block in plan.blocks if block.is_frozen]
 
     @property
     def block_paths(self) -> dict[str, str]:
@@ -317,9 +337,14 @@ class LocalLearner(nn.Module):
 
     @property
     def _needs_plan(self) -> bool:
-        """Whether the rule has blocks: all but bp, and bp where it runs them again."""
+        """Whether it matters what the blocks are: for all rules but bp, and for bp where it runs
+        them again, or where not all of them learn."""
         is_end_to_end = self.rule.requires is Requirement.END_TO_END
-        return not is_end_to_end or is_checkpointing(self.rule)
+        return not is_end_to_end or is_checkpointing(self.rule) or self._trained is not None
+
+    @property
+    def _needs_batch(self) -> bool:
+        return self._trained is not None or needs_batch(self.model, self._blocks)
 
     def _assemble(self, images: Inputs) -> None:
         plan = None
@@ -332,12 +357,16 @@ class LocalLearner(nn.Module):
                 allow_reuse=self._settings.allow_reuse,
                 reads_outputs=not getattr(self.rule, "fits_any_output", False),
             )
+            if self._trained is not None:
+                group_size = self._settings.group_blocks
+                plan = freeze(self.model, plan, self._trained, images, group_size)
         self.plan = plan
         self._assembly = assemble(self.model, self.rule, plan, self._settings)
         self.heads.extend(self._assembly.heads)
         self._has_two_points = any(hasattr(o, "eval") for o in self.optimizers.values())
         self._use_backend(self.backend)
         set_mode(self.optimizers.values(), training=self.training)
+        self._keep_frozen()
 
     @property
     def _parts(self) -> Assembly:
@@ -389,30 +418,59 @@ class LocalLearner(nn.Module):
         super().train(mode)
         if self.is_built:
             set_mode(self.optimizers.values(), training=mode)
+            self._keep_frozen()
         return self
+
+    def _keep_frozen(self) -> None:
+        """In evaluation mode, whatever the others are in."""
+        for module in self._parts.frozen:
+            module.training = False
 
     def recalibrate(self, batches: Iterable[Inputs]) -> None:
         """Re-estimate BatchNorm's running statistics at the evaluation weights.
 
         While a schedule-free optimizer trains, the running statistics follow weights that are
         not those it evaluates at, so they are measured anew before an evaluation: the mean over
-        the given batches. Leaves the learner in evaluation mode.
+        the given batches. Those of frozen blocks stay as they are. Leaves the learner in
+        evaluation mode.
 
         Arguments:
             batches: image batches of the training set, augmented as in training; the authors
                 take 50.
         """
-        # torch takes the first of what a loader yields.
-        arranged = ((self._arrange(images),) for images in batches)
+        arranged = (self._arrange(images) for images in batches)
         first = next(arranged, None)
         if first is None:
             raise UserError("recalibrate needs at least one batch, got none.")
         self.eval()
-        with self._autocast(self._device.type):
-            loader = itertools.chain([first], arranged)
-            torch.optim.swa_utils.update_bn(loader, _Calling(self.model))
-        self.model.eval()
+        with torch.no_grad(), self._autocast(self._device.type):
+            self._measure_statistics(itertools.chain([first], arranged))
         self._is_stale = False
+
+    def _measure_statistics(self, batches: Iterable[Inputs]) -> None:
+        """As torch's ``swa_utils.update_bn``, which knows of no frozen norms."""
+        frozen = set(self._parts.frozen) if self.is_built else set()
+        norms = [
+            module
+            for module in self.model.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in frozen
+        ]
+        if not norms:
+            return
+        momenta = [norm.momentum for norm in norms]
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean over all batches
+            self.model.train()
+            for module in frozen:
+                module.training = False
+            for images in batches:
+                call_model(self.model, images)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            self.model.eval()
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -450,6 +508,7 @@ class LocalLearner(nn.Module):
             self._restore_backend(state["backend"])
         self.state_number += 1
         super().train(state["training"])  # the modules alone: the optimizers' mode was loaded
+        self._keep_frozen()
 
     def _restore_backend(self, backend: str) -> None:
         """Go on with what the state was made with, where that can run here."""
@@ -509,6 +568,7 @@ class LocalLearner(nn.Module):
         self.build(images)
         if not self.training:
             self.train()
+        self._keep_frozen()
         images = self._arrange(images)
         with self._on_device():
             return self._step(images, labels)
@@ -563,6 +623,7 @@ class LocalLearner(nn.Module):
             )
         if not self.training:
             self.train()
+        self._keep_frozen()
         local = LocalStep()
         seen: list[Inputs] = []
 
@@ -608,17 +669,6 @@ class LocalLearner(nn.Module):
         if not self.channels_last:
             return images
         return tree_map_only(Tensor, _in_channels_last, images)
-
-
-class _Calling(nn.Module):
-    """The model, of one argument, whatever its inputs."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Inputs) -> Any:
-        return call_model(self.model, inputs)
 
 
 def _to_channels_last(model: nn.Module) -> None:

@@ -1,13 +1,15 @@
 """Which modules of a model are its blocks, and what each of them reads and yields.
 
 `policy` finds the blocks of an unknown model, `choosing` those that a user names; `planning` joins
-both with what `wiring` sees: which parameters learn with which block. `layout` says how outputs
-lie, `recognition` which blocks the closed form covers. All of them read a model, from a forward
-watched by `trace`, and leave it as it is.
+both with what `wiring` sees: which parameters learn with which block. `freezing` says what stays as
+it is where only some blocks learn. `layout` says how outputs lie, `recognition` which blocks the
+closed form covers. All of them read a model, from a forward watched by `trace`, and leave it as it
+is.
 """
 
 from locallearn.engine.blocks.chain import Chain, forwards_through, modules_of
 from locallearn.engine.blocks.choosing import BlockChoice, Blocks, choose, parse_blocks
+from locallearn.engine.blocks.freezing import freeze, learn_all
 from locallearn.engine.blocks.layout import (
     PLAIN,
     LatentSize,
@@ -53,6 +55,8 @@ __all__ = [
     "cut_at_head",
     "few",
     "forwards_through",
+    "freeze",
+    "learn_all",
     "modules_of",
     "needs_batch",
     "num_inputs",

@@ -16,10 +16,11 @@ Blocks = BlockChoice | Sequence[BlockChoice]
 
 def parse_blocks(text: str) -> Blocks:
     """What a user writes on one line: "auto", or names, globs and "type:NAME" with commas."""
-    return "auto" if text.strip() == "auto" else _split(text)
+    return "auto" if text.strip() == "auto" else split_blocks(text)
 
 
-def _split(text: str) -> list[str]:
+def split_blocks(text: str) -> list[str]:
+    """What stands between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
@@ -36,7 +37,7 @@ def choose(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
         UserError: what matches nothing, or a block inside another.
     """
     if isinstance(blocks, str):
-        blocks = _split(blocks)
+        blocks = split_blocks(blocks)
     choices = [blocks] if isinstance(blocks, type) else blocks
     if not choices:
         raise UserError("blocks=[] names no block; leave it out, or use rule 'bp'.")
@@ -65,7 +66,7 @@ def _matching(choice: BlockChoice, modules: dict[str, nn.Module]) -> list[str]:
         if not names:
             raise unknown_name("module type", kind, {type(m).__name__ for m in modules.values()})
     elif any(character in choice for character in "*?["):
-        names = [name for name in modules if _fits_glob(name, choice)]
+        names = [name for name in modules if fits_glob(name, choice)]
         what = f"module whose name matches {choice!r}"
     else:
         names = [choice] if choice in modules else []
@@ -77,7 +78,8 @@ def _matching(choice: BlockChoice, modules: dict[str, nn.Module]) -> list[str]:
     return names
 
 
-def _fits_glob(name: str, glob: str) -> bool:
+def fits_glob(name: str, glob: str) -> bool:
+    """Whether a module's name matches, ``*`` and ``?`` staying between dots."""
     parts, patterns = name.split("."), glob.split(".")
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 

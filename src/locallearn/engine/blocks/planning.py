@@ -34,6 +34,7 @@ class BlockPlan:
         layout: how its output lies; None until a forward has been watched.
         view_shape: of what its head reads, (N, C, H, W) or (N, F), in that forward.
         inputs_from: names of the blocks whose outputs it reads.
+        is_frozen: whether it stays as it is; see `freezing`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class BlockPlan:
     layout: Layout | None = None
     view_shape: torch.Size | None = None
     inputs_from: tuple[str, ...] = ()
+    is_frozen: bool = False
 
     @property
     def members(self) -> tuple[nn.Module, ...]:
@@ -78,11 +80,16 @@ class NetworkPlan:
         shared: names of the parameters that several blocks, or a block and the output layer, read:
             they learn from the sum of their gradients at the end of the step.
         output: names of the parameters that lie in no block and that the logits are made with.
+        frozen_parameters: names of those that stay as they are: of frozen blocks, and what they
+            alone read.
+        frozen_modules: names of the modules that stay in evaluation mode.
     """
 
     blocks: list[BlockPlan]
     shared: tuple[str, ...] = ()
     output: tuple[str, ...] = ()
+    frozen_parameters: tuple[str, ...] = ()
+    frozen_modules: tuple[str, ...] = ()
 
 
 def own_blocks(model: nn.Module) -> dict[str, nn.Module]:

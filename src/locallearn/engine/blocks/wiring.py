@@ -7,7 +7,7 @@ the graphs in between show by which way every tensor came.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,14 +40,17 @@ from locallearn.models import Block
 
 @dataclass
 class Read:
-    """What a tensor, or several, was made of since the last block: names."""
+    """What a tensor, or several, was made of since the last block: names; of the modules those
+    that are watched."""
 
     parameters: set[str] = field(default_factory=set)
     blocks: set[str] = field(default_factory=set)
+    modules: set[str] = field(default_factory=set)
 
     def add(self, other: Read) -> None:
         self.parameters |= other.parameters
         self.blocks |= other.blocks
+        self.modules |= other.modules
 
 
 @dataclass
@@ -85,19 +88,20 @@ class Wiring:
     def without(self, dropped: dict[str, nn.Module]) -> Wiring:
         """What the others read when these are no blocks: what a block of them was made of."""
         through = {
-            name: Read(read.parameters | self.held_by(dropped[name]), read.blocks)
+            name: Read(read.parameters | self.held_by(dropped[name]), read.blocks, read.modules)
             for name, read in self.of_block.items()
             if name in dropped
         }
 
         def widened(read: Read) -> Read:
-            parameters, blocks = set(read.parameters), set(read.blocks)
+            parameters, blocks, modules = set(read.parameters), set(read.blocks), set(read.modules)
             while behind := blocks & set(through):
                 for name in behind:
                     blocks.discard(name)
                     parameters |= through[name].parameters
                     blocks |= through[name].blocks
-            return Read(parameters, blocks)
+                    modules |= through[name].modules
+            return Read(parameters, blocks, modules)
 
         return dataclasses.replace(
             self,
@@ -107,7 +111,12 @@ class Wiring:
 
 
 def watch(
-    model: nn.Module, members: dict[str, nn.Module], inputs: Inputs, *, reads_outputs: bool = True
+    model: nn.Module,
+    members: dict[str, nn.Module],
+    inputs: Inputs,
+    *,
+    reads_outputs: bool = True,
+    loose: Mapping[str, nn.Module] | None = None,
 ) -> Wiring:
     """Run the model, in evaluation mode, with its blocks cut off from each other.
 
@@ -116,11 +125,20 @@ def watch(
         members: name -> module, or :class:`~.chain.Chain` of modules, of each block.
         inputs: of the model; a few images will do.
         reads_outputs: whether heads read the outputs, so that it matters how they lie.
+        loose: name -> module, of those in no block whose readers are to be known too.
 
     Raises:
         UserError: the forward fails on these inputs.
     """
-    return _Watch(model, members, reads_outputs).run(inputs)
+    watching = _Watch(model, members, reads_outputs)
+    hooks = [
+        module.register_forward_hook(watching.mark(name)) for name, module in (loose or {}).items()
+    ]
+    try:
+        return watching.run(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Watch:
@@ -132,6 +150,7 @@ class _Watch:
         self._reads_outputs = reads_outputs
         self._parameters = {id(p): name for name, p in model.named_parameters()}
         self._handed_on: dict[int, tuple[Tensor, str]] = {}
+        self._marks: dict[int, tuple[Tensor, str]] = {}
         self._num_images = 0
         self._look: Callable[[str, nn.Module, Any], None] = self._look_at
         # Outputs that may lie in several ways.
@@ -151,6 +170,21 @@ class _Watch:
                 self._look = self._decide
                 call_model(self._model, rolled(inputs))
         return self._wiring
+
+    def mark(self, name: str) -> Callable[..., Any]:
+        """A forward hook by which what a module makes is known: a zero is added to it."""
+
+        def marked(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            leaf = tensor.new_zeros(()).requires_grad_()
+            self._marks[id(leaf)] = (leaf, name)
+            return tensor + leaf
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            return tree_map_only(Tensor, marked, output)
+
+        return hook
 
     def _stand_in(self, name: str, module: nn.Module) -> Callable[..., Any]:
         halves = cut_at_head(module)
@@ -225,3 +259,5 @@ class _Watch:
             read.parameters.add(self._parameters[id(leaf)])
         elif id(leaf) in self._handed_on:
             read.blocks.add(self._handed_on[id(leaf)][1])
+        elif id(leaf) in self._marks:
+            read.modules.add(self._marks[id(leaf)][1])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from locallearn.engine.blocks import Inputs, call_model, standing_in
 from locallearn.engine.procedures.base import Outcome, OutputLayer, logits_of, not_below_float32
-from locallearn.engine.procedures.local import forwards_of
+from locallearn.engine.procedures.local import forwards_of, forwards_of_frozen
 from locallearn.engine.units import GenericUnit, UnitResult, UnitSignal
 from locallearn.rules import ErrorHead
 
@@ -51,20 +51,26 @@ class ErrorUpdates:
         model: whose blocks the units hold.
         units: in the order of ``named_modules``.
         output_layer: what lies in no block.
+        frozen: blocks that stay as they are.
     """
 
     can_be_graphed = True
 
     def __init__(
-        self, model: nn.Module, units: Sequence[ErrorUnit], output_layer: OutputLayer
+        self,
+        model: nn.Module,
+        units: Sequence[ErrorUnit],
+        output_layer: OutputLayer,
+        frozen: Sequence[nn.Module] = (),
     ) -> None:
         self._model = model
         self._units = units
         self._output_layer = output_layer
+        self._frozen = forwards_of_frozen(frozen)
 
     def __call__(self, images: Inputs, labels: Tensor) -> Outcome:
         signals: dict[str, UnitSignal] = {}
-        with standing_in(forwards_of(self._units, labels, signals)):
+        with standing_in(self._frozen | forwards_of(self._units, labels, signals)):
             logits = logits_of(call_model(self._model, images))
         with torch.autocast(logits.device.type, enabled=False):
             logits = not_below_float32(logits)
