@@ -30,7 +30,7 @@ _OF_THE_HEADS = ("group_blocks", "head_after_pool")
 
 # Options of rules that have flags of their own on the command line; others are given with the
 # rule's name (`rules.parse_rule`).
-RULE_OPTIONS = (
+_RULE_OPTIONS = (
     "basis",
     "setting",
     "temperature",
@@ -197,7 +197,7 @@ class TrainConfig:
             raise UserError(f"--compile {missing}. Install it, or leave out --compile.")
         choose_backend(self.backend, device)
         options = rule.options()
-        filled: dict[str, Any] = {name: options.get(name) for name in RULE_OPTIONS}
+        filled: dict[str, Any] = {name: options.get(name) for name in _RULE_OPTIONS}
         return dataclasses.replace(
             self,
             **filled,
@@ -237,7 +237,7 @@ class TrainConfig:
     def build_rule(self) -> Rule:
         """The rule with those of its options that are given."""
         name, options = split_rule(self.rule)
-        for option in RULE_OPTIONS:
+        for option in _RULE_OPTIONS:
             value = getattr(self, option)
             if value is not None and options.setdefault(option, value) != value:
                 raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,8 @@ def peak_memory_bytes(call: Callable[[], object], device: torch.device | str = "
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    # Its library tells of every start and stop on standard error, unless it is asked not to.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # Not torch.profiler.profile: PyTorch 2.11's warns unless it is told to prepare every event for
     # its tables, which takes longer than a step.
     with torch.autograd.profiler.profile(profile_memory=True) as profile:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from locallearn.data import SILENT, DataListener, Dataset
 from locallearn.engine.building import check_model, load_data
-from locallearn.engine.config import RULE_OPTIONS, TrainConfig
+from locallearn.engine.config import TrainConfig, rule_option_names
 from locallearn.engine.finetuning.fitting import Fit, fit_to_limit
 from locallearn.engine.finetuning.source import Start
 from locallearn.engine.optimizers import usual_optimizer
@@ -96,8 +96,15 @@ def plan_finetuning(
     }
     chosen = {**usual, **start.settings, **given}
     chosen |= {"start_from": start.text, "start_digest": start.digest}
+    if chosen.get("feature_cache") and chosen.get("cache_views", 1) == 1:
+        if given.get("augment", "none") != "none":
+            raise UserError(
+                f"--cache keeps one copy of each training image, which is not augmented; --augment "
+                f"{given['augment']} needs several: give --cache-views 4, or leave --augment out."
+            )
+        chosen["augment"] = "none"
     if "rule" in given:  # options of the source's own rule would not be of this one
-        chosen |= {name: given.get(name) for name in RULE_OPTIONS}
+        chosen |= {name: given.get(name) for name in rule_option_names()}
     settings = TrainConfig(**chosen).resolve()
     check_model(settings)
     dataset = load_data(settings, view=start.inputs, listener=listener)
