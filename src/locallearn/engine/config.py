@@ -295,6 +295,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def rule_option_names() -> tuple[str, ...]:
+    """Names of the settings that are options of some rule."""
+    return _RULE_OPTIONS
+
+
 def setting_name(settings: TrainConfig, name: str) -> str:
     """What a message calls a setting of a run: its flag, if it has one."""
     if name == "model_digest":

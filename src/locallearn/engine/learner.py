@@ -301,6 +301,15 @@ class LocalLearner(nn.Module):
         table = {unit.name: unit.optimizer for unit in self._units if unit.optimizer is not None}
         return table | self._parts.rest_optimizers
 
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        """One more of the kind that trains the blocks, for other parameters."""
+        return self._settings.make_optimizer(parameters)
+
+    @property
+    def units(self) -> list[BlockUnit]:
+        """What runs and updates the blocks, in their order."""
+        return self._units
+
     @property
     def holds_batches(self) -> bool:
         """Whether training batches are held on to (``recalibration_batches``)."""
