@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -213,6 +214,8 @@ def finetune(
     quiet: Annotated[bool, _option("Print only the result.", _RUN, "--quiet")] = False,
 ) -> int:
     """Train a trained network further, on your own images, within a memory limit."""
+    # Measuring memory has torch warn of what is freed within that was made before.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from locallearn.engine import Interrupted, RunDirectory, Trainer
     from locallearn.engine.allocator import keep_freed_memory
     from locallearn.engine.finetuning import plan_finetuning, read_source
@@ -244,7 +247,6 @@ def finetune(
         if out is not None:
             RunDirectory(Path(out)).check_free()
         start = read_source(source, image_size)
-        given.pop("image_size", None)
         plan = plan_finetuning(start, given, balance=balance, listener=observer)
         path = Path(out) if out is not None else _free_path(plan)
         trainer = Trainer.start(plan.settings, path, observer, plan)

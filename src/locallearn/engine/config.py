@@ -28,6 +28,39 @@ _NAMED = ("dataset", "model", "rule")
 _OF_OWN_NETWORKS = ("width", "activation", "norm", "dropout")
 _OF_THE_HEADS = ("group_blocks", "head_after_pool")
 
+# What `locallearn finetune` has flags for, and what it does without them; None: it depends.
+_OF_FINETUNE: dict[str, Any] = {
+    "blocks": "auto",
+    "dataset": "folder",
+    "data_dir": None,
+    "image_size": None,
+    "augment": None,
+    "val_split": 0.2,
+    "balance": None,
+    "cache": None,
+    "limit_train": None,
+    "limit_test": None,
+    "memory_limit": None,
+    "trained_blocks": None,
+    "batch_size": None,
+    "test_batch_size": None,
+    "feature_cache": None,
+    "cache_views": 1,
+    "cache_dtype": "float32",
+    "epochs": None,
+    "optimizer": None,
+    "lr": None,
+    "weight_decay": 0.0,
+    "schedule": "none",
+    "keep": "last",
+    "seed": 0,
+    "precision": "fp32",
+    "device": None,
+    "backend": None,
+    "num_threads": None,
+}
+_FINETUNE_FLAGS = {"cache": "--image-cache", "feature_cache": "--cache"}
+
 # Options of rules that have flags of their own on the command line; others are given with the
 # rule's name (`rules.parse_rule`).
 _RULE_OPTIONS = (
@@ -323,7 +356,8 @@ def chosen_settings(settings: TrainConfig) -> dict[str, Any]:
     """What is set otherwise than dataset, model and rule alone would have it, by name.
 
     What a default would take from the machine counts as chosen where it is definite (device,
-    backend, threads). The digest of a model's file is the model's own and never is.
+    backend, threads). The digest of a model's file, or of
+    the weights a run started from, never is.
 
     Arguments:
         settings: resolved or not.
@@ -333,7 +367,7 @@ def chosen_settings(settings: TrainConfig) -> dict[str, Any]:
     usual = plain.resolve().to_json()
     usual |= named
     usual |= {name: getattr(plain, name) for name in ("device", "backend", "num_threads")}
-    usual["model_digest"] = settings.model_digest
+    usual |= {n: getattr(settings, n) for n in ("model_digest", "start_digest")}
     # A learning rate's default is its optimizer's.
     usual["lr"] = usual_optimizer(plain.build_rule(), settings.optimizer)[1]
     given = settings.to_json().items()
@@ -360,11 +394,14 @@ def train_command(settings: TrainConfig) -> str:
     whatever else is not the default.
 
     Device, backend and threads are written out where the settings have them, so that the command
-    gives the same run where it is started again. It has no ``--out``.
+    gives the same run where it is started again. It has no ``--out``. Of a run that started from
+    trained weights it is `locallearn finetune`, with what was chosen for it written out.
 
     Arguments:
         settings: resolved or not.
     """
+    if settings.start_from is not None:
+        return _finetune_command(settings)
     words = ["locallearn", "train"]
     for name in _NAMED:
         words += [flag(name), getattr(settings, name)]
@@ -373,6 +410,20 @@ def train_command(settings: TrainConfig) -> str:
             words.append(flag(name) if value else flag(f"no_{name}"))
         else:
             words += [flag(name), str(value)]
+    return shlex.join(words)
+
+
+def _finetune_command(settings: TrainConfig) -> str:
+    assert settings.start_from is not None
+    words = ["locallearn", "finetune", "--from", settings.start_from]
+    rule = settings.build_rule()
+    usual_options = build_rule(rule.name).options()
+    options = [f"{n}={v}" for n, v in rule.options().items() if v != usual_options[n]]
+    words += ["--rule", ":".join([rule.name, *options])]
+    for name, usual in _OF_FINETUNE.items():
+        value = getattr(settings, name)
+        if value is not None and value != usual:
+            words += [_FINETUNE_FLAGS.get(name, flag(name)), str(value)]
     return shlex.join(words)
 
 
