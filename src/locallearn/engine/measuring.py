@@ -55,9 +55,7 @@ class Timeline:
         return Timeline(tuple(segments))
 
 
-def memory_timeline(
-    call: Callable[[Mark], object], device: torch.device | str = "cpu"
-) -> Timeline:
+def memory_timeline(call: Callable[[Mark], object], device: torch.device | str = "cpu") -> Timeline:
     """What a call holds beyond what was held before it, at each moment.
 
     On the CPU from the allocator's own events, on CUDA from the caching allocator's counters.

@@ -19,7 +19,12 @@ from locallearn.engine.budget.needs import (
     measure_step,
     state_bytes,
 )
-from locallearn.engine.budget.probing import LocalProbe, WholeProbe, has_norm_in_training, make_probe
+from locallearn.engine.budget.probing import (
+    LocalProbe,
+    WholeProbe,
+    has_norm_in_training,
+    make_probe,
+)
 from locallearn.errors import UserError
 
 LARGEST_BATCH = 32
@@ -222,9 +227,7 @@ class _Chooser:
                 break
             smallest = self._smallest(trained)
             can_give_up = bool(trained) and self._fixed is None
-            if not is_fixed and batch_size // 2 >= (
-                _USUAL_BATCH if can_give_up else smallest
-            ):
+            if not is_fixed and batch_size // 2 >= (_USUAL_BATCH if can_give_up else smallest):
                 batch_size //= 2
             elif can_give_up:
                 trained = trained[1:]
@@ -278,11 +281,11 @@ class _Chooser:
     def _batch(self, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
         return batch_of(self._shape, num_images, self._num_classes, self._device)
 
-    def _too_little(
-        self, trained: Sequence[str], step: StepMemory, is_fixed: bool
-    ) -> UserError:
-        what = f"{len(trained)} of its blocks and its output layer" if trained else (
-            "its output layer"
+    def _too_little(self, trained: Sequence[str], step: StepMemory, is_fixed: bool) -> UserError:
+        what = (
+            f"{len(trained)} of its blocks and its output layer"
+            if trained
+            else ("its output layer")
         )
         shape = "x".join(map(str, self._shape))
         enough = -(-step.peak_bytes // 2**20)

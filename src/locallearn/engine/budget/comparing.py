@@ -84,6 +84,7 @@ def compare(
         trained_blocks: what the choice trains, as `TrainConfig.trained_blocks`.
         device: where learners are.
     """
+
     def need(rule: str, trained: str) -> Need:
         timelines = [
             step_timeline(
@@ -109,8 +110,6 @@ def compare(
     with torch.random.fork_rng():
         same = [need(rule, trained_blocks) for rule in (BP, CHECKPOINTED)]
         whole = (
-            same
-            if trained_blocks == "all"
-            else [need(rule, "all") for rule in (BP, CHECKPOINTED)]
+            same if trained_blocks == "all" else [need(rule, "all") for rule in (BP, CHECKPOINTED)]
         )
     return Comparison(*same, *whole)

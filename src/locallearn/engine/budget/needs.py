@@ -18,8 +18,8 @@ from locallearn.data import InputSpec
 from locallearn.engine.building import build_learner
 from locallearn.engine.config import TrainConfig, rule_option_names
 from locallearn.engine.learner import LocalLearner
-from locallearn.engine.optimizers import set_mode
 from locallearn.engine.measuring import Mark, Timeline, memory_timeline
+from locallearn.engine.optimizers import set_mode
 from locallearn.rules import Requirement
 
 MakeLearner = Callable[[str, str], LocalLearner]
@@ -104,7 +104,9 @@ def step_timeline(
     return memory_timeline(steps, images.device)
 
 
-def measure_step(make_learner: Callable[[], LocalLearner], images: Tensor, labels: Tensor) -> StepMemory:
+def measure_step(
+    make_learner: Callable[[], LocalLearner], images: Tensor, labels: Tensor
+) -> StepMemory:
     """Take two steps of a fresh learner and count what they hold.
 
     Arguments:
@@ -120,9 +122,7 @@ def measure_step(make_learner: Callable[[], LocalLearner], images: Tensor, label
     )
 
 
-def measure_inference(
-    make_learner: Callable[[], LocalLearner], images: Tensor
-) -> int:
+def measure_inference(make_learner: Callable[[], LocalLearner], images: Tensor) -> int:
     """Bytes that logits of a batch need at most, the batch itself among them."""
     with torch.random.fork_rng():
         learner = make_learner().build(images)

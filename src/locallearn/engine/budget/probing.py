@@ -9,7 +9,7 @@ state is dropped as soon as it has been updated: no more is held than one block 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -187,9 +187,7 @@ class WholeProbe:
         self.needs_two = True
         self._steps: dict[tuple[str, ...], list[Timeline]] = {}
         self._states: dict[tuple[str, ...], int] = {}
-        self._inferences = [
-            inference_timeline(learner, self._batch(n)[0]) for n in PROBED
-        ]
+        self._inferences = [inference_timeline(learner, self._batch(n)[0]) for n in PROBED]
 
     def step_bytes(self, trained: Sequence[str], num_images: int) -> int:
         """Predicted peak of a step that trains these and the output layer."""
