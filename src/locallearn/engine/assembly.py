@@ -5,7 +5,7 @@ Shapes: N batch, K classes, T latent length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from locallearn.engine.blocks import BlockPlan, NetworkPlan
+from locallearn.engine.blocks import BlockPlan, NetworkPlan, forwards_through
 from locallearn.engine.optimizers import OptimizerFactory
 from locallearn.engine.procedures import (
     ErrorUnit,
@@ -72,6 +72,7 @@ class Assembly:
         rest_optimizers: of what lies in no block: "" -> its optimizer, or, with bp's
             fused-optimizer, parameter name -> its own.
         frozen: modules that stay in evaluation mode.
+        frozen_forwards: module -> what stands in for its forward where no gradient is asked for.
         procedure: the training step.
     """
 
@@ -79,6 +80,7 @@ class Assembly:
     heads: list[nn.Module]
     rest_optimizers: dict[str, Optimizer]
     frozen: list[nn.Module]
+    frozen_forwards: dict[nn.Module, Callable[..., Any]]
     procedure: Procedure
 
 
@@ -98,10 +100,10 @@ def assemble(
     """
     if rule.requires in (Requirement.END_TO_END, Requirement.TWO_FORWARDS):
         _check_not_blockwise(rule, settings)
-    frozen_blocks: list[nn.Module] = []
+    frozen: dict[nn.Module, Callable[..., Any]] = {}
     frozen_modules: list[nn.Module] = []
     if plan is not None:
-        frozen_blocks = [block.module for block in plan.blocks if block.is_frozen]
+        frozen = _frozen_forwards(plan)
         frozen_modules = _freeze(model, plan)
     units: list[BlockUnit] = []
     if plan is not None and rule.requires is not Requirement.END_TO_END:
@@ -133,7 +135,13 @@ def assemble(
     if isinstance(rule, Backprop):
         checkpointed = [] if plan is None else [m for b in plan.blocks for m in b.members]
         procedure: Procedure = build_backpropagation(
-            rule, model, checkpointed, output_layer, rest_optimizers, settings.compile
+            rule,
+            model,
+            checkpointed,
+            output_layer,
+            rest_optimizers,
+            settings.compile,
+            frozen_runs=() if plan is None else plan.frozen_runs,
         )
     elif isinstance(rule, LocalRule):
         procedure = LocalUpdates(
@@ -142,11 +150,11 @@ def assemble(
             output_layer,
             settings.side_stream,
             allow_reuse=settings.allow_reuse,
-            frozen=frozen_blocks,
+            frozen=frozen,
         )
     elif isinstance(rule, ErrorRule):
         waiting = [unit for unit in units if isinstance(unit, ErrorUnit)]
-        procedure = ErrorUpdates(model, waiting, output_layer, frozen_blocks)
+        procedure = ErrorUpdates(model, waiting, output_layer, frozen)
     elif isinstance(rule, Pepita):
         modulator = rule.build_modulator(settings.num_classes)
         modulator.to(next(model.parameters()).device)
@@ -165,7 +173,19 @@ def assemble(
             "nothing is left to learn: no block is trained, and no parameter in front of the "
             "logits lies outside the blocks. Name blocks to train."
         )
-    return Assembly(units, heads, rest_optimizers, frozen_modules, procedure)
+    return Assembly(units, heads, rest_optimizers, frozen_modules, frozen, procedure)
+
+
+def _frozen_forwards(plan: NetworkPlan) -> dict[nn.Module, Callable[..., Any]]:
+    """Module -> what stands in for its forward, of blocks that stay as they are: they build no
+    graph, and none leads through them."""
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    for block in plan.blocks:
+        if block.is_frozen:
+            forwards |= forwards_through(block.module, torch.no_grad()(block.module.forward))
+    for run in plan.frozen_runs:
+        forwards |= run.forwards()
+    return forwards
 
 
 def _freeze(model: nn.Module, plan: NetworkPlan) -> list[nn.Module]:

@@ -39,6 +39,7 @@ from locallearn.engine.blocks import (
     num_inputs,
     own_blocks,
     plan_blocks,
+    standing_in,
 )
 from locallearn.engine.optimizers import (
     OptimizerFactory,
@@ -435,6 +436,10 @@ class LocalLearner(nn.Module):
         for module in self._parts.frozen:
             module.training = False
 
+    def _frozen_in_slices(self) -> contextlib.AbstractContextManager[None]:
+        """Within: frozen blocks run as they do in a step, a few images at a time."""
+        return standing_in(self._assembly.frozen_forwards if self._assembly else {})
+
     def recalibrate(self, batches: Iterable[Inputs]) -> None:
         """Re-estimate BatchNorm's running statistics at the evaluation weights.
 
@@ -474,8 +479,9 @@ class LocalLearner(nn.Module):
             self.model.train()
             for module in frozen:
                 module.training = False
-            for images in batches:
-                call_model(self.model, images)
+            with self._frozen_in_slices():
+                for images in batches:
+                    call_model(self.model, images)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
@@ -549,7 +555,7 @@ class LocalLearner(nn.Module):
     def infer(self, images: Inputs) -> Tensor:
         """Logits (N, K), float32, in the modes that the modules are in, which stay so."""
         images = self._arrange(images)
-        with self._autocast(self._device.type):
+        with self._autocast(self._device.type), self._frozen_in_slices():
             logits = logits_of(call_model(self.model, images))
         return logits if logits.dtype == torch.float64 else logits.float()
 

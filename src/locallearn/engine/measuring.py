@@ -70,7 +70,7 @@ def memory_timeline(call: Callable[[Mark], object], device: torch.device | str =
     device = torch.device(device)
     if device.type == "cuda":
         return _on_cuda(call, device)
-    # Its library tells of every start and stop on standard error, unless it is asked not to.
+    # The profiler tells of itself on standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # Not torch.profiler.profile: PyTorch 2.11's warns unless it is told to prepare every event for
     # its tables, which takes longer than a step.

@@ -10,6 +10,7 @@ is.
 from locallearn.engine.blocks.chain import Chain, forwards_through, modules_of
 from locallearn.engine.blocks.choosing import BlockChoice, Blocks, choose, parse_blocks
 from locallearn.engine.blocks.freezing import freeze, learn_all
+from locallearn.engine.blocks.frozen_runs import FrozenRun
 from locallearn.engine.blocks.layout import (
     PLAIN,
     LatentSize,
@@ -44,6 +45,7 @@ __all__ = [
     "Blocks",
     "Chain",
     "ClosedForm",
+    "FrozenRun",
     "Inputs",
     "LatentSize",
     "Layout",

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from locallearn.engine.blocks.choosing import BlockChoice, Blocks, fits_glob, split_blocks
+from locallearn.engine.blocks.frozen_runs import find_runs
 from locallearn.engine.blocks.planning import BlockPlan, NetworkPlan
 from locallearn.engine.blocks.trace import Inputs, few, num_inputs
 from locallearn.engine.blocks.wiring import Wiring, watch
@@ -72,12 +73,15 @@ def freeze(
     evaluating = by_frozen - by_learning
     for block in frozen:
         evaluating |= _names_within(model, block)
+    modules = [member for block in frozen for member in block.members]
+    runs = find_runs(model, inputs, modules, evaluating & set(loose)) if frozen else []
     return dataclasses.replace(
         plan,
         blocks=blocks,
         shared=tuple(name for name in plan.shared if name not in still),
         output=tuple(name for name in plan.output if name not in still),
         frozen_parameters=tuple(name for name, _ in model.named_parameters() if name in still),
+        frozen_runs=tuple(runs),
         frozen_modules=tuple(name for name, _ in model.named_modules() if name in evaluating),
     )
 

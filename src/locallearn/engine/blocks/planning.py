@@ -10,6 +10,7 @@ from torch import nn
 
 from locallearn.engine.blocks.chain import Chain, modules_of
 from locallearn.engine.blocks.choosing import Blocks, choose
+from locallearn.engine.blocks.frozen_runs import FrozenRun
 from locallearn.engine.blocks.layout import PLAIN, LatentSize, Layout, latent_size_of
 from locallearn.engine.blocks.policy import automatic, reuse_error
 from locallearn.engine.blocks.recognition import ClosedForm, recognize
@@ -83,6 +84,7 @@ class NetworkPlan:
         frozen_parameters: names of those that stay as they are: of frozen blocks, and what they
             alone read.
         frozen_modules: names of the modules that stay in evaluation mode.
+        frozen_runs: modules of frozen blocks, and between them, that run in one go.
     """
 
     blocks: list[BlockPlan]
@@ -90,6 +92,7 @@ class NetworkPlan:
     output: tuple[str, ...] = ()
     frozen_parameters: tuple[str, ...] = ()
     frozen_modules: tuple[str, ...] = ()
+    frozen_runs: tuple[FrozenRun, ...] = ()
 
 
 def own_blocks(model: nn.Module) -> dict[str, nn.Module]:

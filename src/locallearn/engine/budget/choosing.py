@@ -93,11 +93,12 @@ def choose(
 
     The output layer always learns. The batch is of 8 images at first, or of 4, 2 or 1 where not
     even the output layer can learn of 8 (BatchNorm in training needs 2). Then blocks are taken from
-    the output towards the input, each that still fits at this batch size. One that does not is left
-    out, and those in front of it are looked at all the same: with a local rule a frozen block
-    costs nothing wherever it is, and blocks in front tend to have fewer parameters. At last the
-    batch becomes the largest power of two up to ``largest_batch`` that fits. The evaluation batch
-    is the largest power of two, up to the same, whose inference fits beside the optimizers' state.
+    the output towards the input, each that still fits at this batch size, up to the first that does
+    not. A local rule could train those in front of it all the same, frozen blocks cost it nothing
+    wherever they are; but nothing tells such a block what the frozen ones behind it make of what it
+    yields. Name blocks to have it so. At last the batch becomes the largest power of two up to
+    ``largest_batch`` that fits. The evaluation batch is the largest power of two, up to the same,
+    whose inference fits beside the optimizers' state.
 
     What a choice needs is predicted from steps of 2 and 3 images (`probing`), so that the search
     holds little; then the choice itself is measured, and where that is more than the limit, the
@@ -196,15 +197,13 @@ class _Chooser:
     def _taken(self, probe: LocalProbe | WholeProbe, batch_size: int) -> list[str]:
         taken: list[str] = []
         for name in reversed(probe.names):
-            if name not in probe.candidates:
-                continue
-            wider = [n for n in probe.names if n in {*taken, name}]
-            if batch_size == 1 and self._smallest(wider) > 1:
-                continue
-            if self._fits(probe, wider, batch_size):
-                taken = wider
-            elif isinstance(probe, WholeProbe):
-                break  # graphs reach from here on, whatever lies in front
+            wider = [name, *taken]
+            needs_more = batch_size == 1 and self._smallest(wider) > 1
+            if name not in probe.candidates or needs_more:
+                break
+            if not self._fits(probe, wider, batch_size):
+                break
+            taken = wider
         return taken
 
     def _fits(

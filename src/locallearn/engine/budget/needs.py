@@ -31,7 +31,7 @@ commas) to a fresh learner, whose model may be stepped and thrown away."""
 class StepMemory:
     """What two training steps hold at most, beyond weights and buffers, in bytes.
 
-    The batch of images counts as an activation, and so does its copy in channels-last format.
+    The batch of images counts as an activation.
 
     Attributes:
         batch_size: N.
@@ -98,7 +98,7 @@ def step_timeline(
     def steps(mark: Mark) -> None:
         for number in range(num_steps):
             mark(f"step {number}")
-            learner.step(images.clone(), labels.clone())
+            learner.step(as_loaded(images), labels.clone())
 
     learner.build(images)
     return memory_timeline(steps, images.device)
@@ -132,15 +132,22 @@ def measure_inference(make_learner: Callable[[], LocalLearner], images: Tensor) 
 def inference_timeline(learner: LocalLearner, images: Tensor) -> Timeline:
     """What an inference holds."""
     learner.build(images)
-    return memory_timeline(lambda mark: learner(images.clone()), images.device)
+    return memory_timeline(lambda mark: learner(as_loaded(images)), images.device)
 
 
 def measure_recalibration(make_learner: Callable[[], LocalLearner], images: Tensor) -> int:
     """Bytes that re-estimating BatchNorm's statistics on a batch needs at most."""
     with torch.random.fork_rng():
         learner = make_learner().build(images)
-        call = lambda mark: learner.recalibrate(iter([images.clone()]))  # noqa: E731
+        call = lambda mark: learner.recalibrate(iter([as_loaded(images)]))  # noqa: E731
         return memory_timeline(call, images.device).peak_bytes
+
+
+def as_loaded(images: Tensor) -> Tensor:
+    """A copy in the memory format that a loader makes batches in."""
+    if images.ndim != 4:
+        return images.clone()
+    return images.clone(memory_format=torch.channels_last)
 
 
 def state_bytes(learner: LocalLearner) -> int:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from locallearn.engine.budget.needs import (
     MakeLearner,
+    as_loaded,
     batch_of,
     inference_timeline,
     optimizer_bytes,
@@ -76,13 +77,15 @@ class LocalProbe:
             learner = make_learner(rule, chosen).build(batch(PROBED[0])[0])
         self.needs_two = has_norm_in_training(learner)
         self._steps = [_probed_step(learner, *batch(n)) for n in PROBED]
-        learner = make_learner(rule, "none")
+        learner = make_learner(rule, "none").build(batch(PROBED[0])[0])
+        self._fronts = [_probed_step(learner, *batch(n)) for n in PROBED]
         self._inferences = [inference_timeline(learner, batch(n)[0]) for n in PROBED]
 
     def step_bytes(self, trained: Sequence[str], num_images: int) -> int:
         """Predicted peak of a step that trains these and the output layer."""
-        step, inference = extended(self._steps, num_images), extended(self._inferences, num_images)
-        highest = inference.peak_bytes
+        step, front = extended(self._steps, num_images), extended(self._fronts, num_images)
+        # Frozen blocks hold what they do where all are frozen, and less where one learns instead.
+        highest = max(max(values) for label, values in front.segments if label == f"|{_BETWEEN}")
         for label, values in step.segments:
             name, _, phase = label.rpartition("|")
             if phase == _BETWEEN:
@@ -119,7 +122,7 @@ def _probed_step(learner: LocalLearner, images: Tensor, labels: Tensor) -> Timel
                     optimizer.register_step_post_hook(_forget),
                 ):
                     stack.callback(handle.remove)
-            learner.step(images.clone(), labels.clone())
+            learner.step(as_loaded(images), labels.clone())
 
     return memory_timeline(step, images.device)
 

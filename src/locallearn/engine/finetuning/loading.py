@@ -15,6 +15,7 @@ from locallearn.engine.config import TrainConfig
 from locallearn.engine.finetuning.source import Start
 from locallearn.engine.learner import LocalLearner
 from locallearn.errors import UserError
+from locallearn.models import is_foreign
 
 _COUNTER = ".num_batches_tracked"  # which weights saved by old versions of torch lack
 # Auxiliary classifiers, without which the packages' models are built here.
@@ -116,7 +117,9 @@ def load_start(
 def class_dependent(settings: TrainConfig, inputs: InputSpec, num_classes: int) -> set[str]:
     """Names of a model's tensors whose shapes depend on the number of classes: the output layer."""
     shapes = []
-    with torch.random.fork_rng(devices=[]):
+    # Without memory, where building is known not to look at values: files of users may.
+    has_values = is_foreign(settings.model) and not settings.model.startswith("torchvision:")
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if has_values else "meta"):
         for num in (num_classes, num_classes + 1):
             network = build_network(settings, inputs, num)
             shapes.append({name: t.shape for name, t in network.state_dict().items()})

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from locallearn.engine.blocks import Inputs, call_model, standing_in
+from locallearn.engine.blocks import FrozenRun, Inputs, call_model, standing_in
 from locallearn.engine.procedures.base import (
     Outcome,
     OutputLayer,
@@ -33,6 +33,7 @@ class Backpropagation:
         num_batches: into how many a batch is cut, one after the other, before the update; fewer
             where the batch is too small for that, as the last one of an epoch can be.
         smallest: so many images each of them has at least.
+        frozen_runs: modules that stay as they are; in front of all that learns they build no graph.
     """
 
     can_be_graphed = True
@@ -43,8 +44,12 @@ class Backpropagation:
         output_layer: OutputLayer,
         num_batches: int = 1,
         smallest: int = 1,
+        frozen_runs: Sequence[FrozenRun] = (),
     ) -> None:
         self._smallest = smallest
+        self._standing_in: dict[nn.Module, Callable[..., Any]] = {}
+        for run in frozen_runs:
+            self._standing_in |= run.forwards(others={})
         self._forward = forward
         self._output_layer = output_layer
         self._num_batches = num_batches
@@ -60,7 +65,8 @@ class Backpropagation:
         return Outcome(logits.detach(), loss.detach(), {})
 
     def _logits(self, images: Inputs) -> Tensor:
-        return not_below_float32(logits_of(call_model(self._forward, images)))
+        with standing_in(self._standing_in):
+            return not_below_float32(logits_of(call_model(self._forward, images)))
 
     def _accumulate(self, images: Inputs, labels: Tensor, num_batches: int) -> Outcome:
         parts: list[Tensor] = []
@@ -89,6 +95,7 @@ class CheckpointedBackpropagation(Backpropagation):
         model: whose blocks these are.
         blocks: what is run again as a whole.
         output_layer: here, of all parameters.
+        frozen_runs: as of :class:`Backpropagation`.
 
     BatchNorm's running statistics are updated by the first of the two runs.
     """
@@ -96,14 +103,17 @@ class CheckpointedBackpropagation(Backpropagation):
     can_be_graphed = False  # it goes back to where random numbers were
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], output_layer: OutputLayer
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        output_layer: OutputLayer,
+        frozen_runs: Sequence[FrozenRun] = (),
     ) -> None:
         super().__init__(model.__call__, output_layer)
-        self._forwards = {block: _through_checkpoint(block) for block in blocks}
-
-    def __call__(self, images: Inputs, labels: Tensor) -> Outcome:
-        with standing_in(self._forwards):
-            return super().__call__(images, labels)
+        checkpointed = {block: _through_checkpoint(block) for block in blocks}
+        self._standing_in |= checkpointed
+        for run in frozen_runs:
+            self._standing_in |= run.forwards(others=checkpointed)
 
 
 def _through_checkpoint(block: nn.Module) -> Callable[..., Any]:
@@ -127,6 +137,7 @@ class FusedBackpropagation(Backpropagation):
         parameters: name -> parameter.
         optimizers: name -> optimizer of that parameter alone.
         output_layer: without an optimizer; only its loss is used.
+        frozen_runs: as of :class:`Backpropagation`.
     """
 
     def __init__(
@@ -135,8 +146,9 @@ class FusedBackpropagation(Backpropagation):
         parameters: Mapping[str, nn.Parameter],
         optimizers: Mapping[str, Optimizer],
         output_layer: OutputLayer,
+        frozen_runs: Sequence[FrozenRun] = (),
     ) -> None:
-        super().__init__(forward, output_layer)
+        super().__init__(forward, output_layer, frozen_runs=frozen_runs)
         self._parameters = parameters
         self._optimizers = optimizers
 
@@ -173,6 +185,7 @@ def build_backpropagation(
     output_layer: OutputLayer,
     optimizers: Mapping[str, Optimizer],
     compile_model: bool,
+    frozen_runs: Sequence[FrozenRun] = (),
 ) -> Backpropagation:
     """The form that the rule asks for.
 
@@ -183,6 +196,7 @@ def build_backpropagation(
         output_layer: of all parameters.
         optimizers: of "fused-optimizer", parameter name -> its own.
         compile_model: run the model through torch.compile.
+        frozen_runs: as of :class:`Backpropagation`; a compiled model has none.
 
     Raises:
         UserError: a form that gains nothing when compiled.
@@ -194,9 +208,13 @@ def build_backpropagation(
         )
     forward = torch.compile(model.forward) if compile_model else model.__call__
     if rule.bp_memory == "checkpoint":
-        return CheckpointedBackpropagation(model, checkpointed, output_layer)
+        return CheckpointedBackpropagation(model, checkpointed, output_layer, frozen_runs)
     if rule.bp_memory == "fused-optimizer":
-        return FusedBackpropagation(forward, output_layer.parameters, optimizers, output_layer)
+        return FusedBackpropagation(
+            forward, output_layer.parameters, optimizers, output_layer, frozen_runs
+        )
     has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     # Of a single image BatchNorm has no variance.
-    return Backpropagation(forward, output_layer, rule.num_accumulated, 2 if has_norm else 1)
+    smallest = 2 if has_norm else 1
+    frozen_runs = () if compile_model else frozen_runs
+    return Backpropagation(forward, output_layer, rule.num_accumulated, smallest, frozen_runs)

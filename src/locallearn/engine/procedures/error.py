@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from locallearn.engine.blocks import Inputs, call_model, standing_in
 from locallearn.engine.procedures.base import Outcome, OutputLayer, logits_of, not_below_float32
-from locallearn.engine.procedures.local import forwards_of, forwards_of_frozen
+from locallearn.engine.procedures.local import forwards_of
 from locallearn.engine.units import GenericUnit, UnitResult, UnitSignal
 from locallearn.rules import ErrorHead
 
@@ -51,7 +51,7 @@ class ErrorUpdates:
         model: whose blocks the units hold.
         units: in the order of ``named_modules``.
         output_layer: what lies in no block.
-        frozen: blocks that stay as they are.
+        frozen: module -> what stands in for its forward, of blocks that stay as they are.
     """
 
     can_be_graphed = True
@@ -61,12 +61,12 @@ class ErrorUpdates:
         model: nn.Module,
         units: Sequence[ErrorUnit],
         output_layer: OutputLayer,
-        frozen: Sequence[nn.Module] = (),
+        frozen: Mapping[nn.Module, Callable[..., Any]] | None = None,
     ) -> None:
         self._model = model
         self._units = units
         self._output_layer = output_layer
-        self._frozen = forwards_of_frozen(frozen)
+        self._frozen = dict(frozen or {})
 
     def __call__(self, images: Inputs, labels: Tensor) -> Outcome:
         signals: dict[str, UnitSignal] = {}

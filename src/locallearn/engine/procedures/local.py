@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from locallearn.engine.blocks import Inputs, call_model, forwards_through, standing_in
+from locallearn.engine.blocks import Inputs, call_model, standing_in
 from locallearn.engine.procedures.base import Outcome, OutputLayer, logits_of, not_below_float32
 from locallearn.engine.units import BlockUnit, UnitSignal
 from locallearn.errors import UserError
@@ -24,7 +24,7 @@ class LocalUpdates:
         output_layer: what lies in no block.
         side_stream: on which units may go on after their output is there; waited for at the end.
         allow_reuse: whether a block may run, and learn, more than once in a forward.
-        frozen: blocks that stay as they are.
+        frozen: module -> what stands in for its forward, of blocks that stay as they are.
     """
 
     can_be_graphed = True
@@ -37,14 +37,14 @@ class LocalUpdates:
         side_stream: torch.cuda.Stream | None,
         *,
         allow_reuse: bool = False,
-        frozen: Sequence[nn.Module] = (),
+        frozen: Mapping[nn.Module, Callable[..., Any]] | None = None,
     ) -> None:
         self._model = model
         self._units = units
         self._output_layer = output_layer
         self._side_stream = side_stream
         self._allow_reuse = allow_reuse
-        self._frozen = forwards_of_frozen(frozen)
+        self._frozen = dict(frozen or {})
 
     def __call__(self, images: Inputs, labels: Tensor) -> Outcome:
         signals: dict[str, UnitSignal] = {}
@@ -69,15 +69,6 @@ class LocalUpdates:
             yield
         if self._side_stream is not None:
             torch.cuda.current_stream().wait_stream(self._side_stream)
-
-
-def forwards_of_frozen(blocks: Sequence[nn.Module]) -> dict[nn.Module, Callable[..., Any]]:
-    """Module -> what stands in for its forward, of blocks that stay as they are: they build no
-    graph, and none leads through them."""
-    forwards: dict[nn.Module, Callable[..., Any]] = {}
-    for block in blocks:
-        forwards |= forwards_through(block, torch.no_grad()(block.forward))
-    return forwards
 
 
 def forwards_of(

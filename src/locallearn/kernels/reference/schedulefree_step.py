@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from locallearn.kernels.interface import ScheduleFreeState
+
+# Values at a time: what the step holds for a moment then is some MiB, and not twice the largest
+# parameter.
+_SLICE = 2**18
+
+
+def _slices(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """The same rows of each of several tensors of one shape."""
+    first = tensors[0]
+    if first.numel() <= _SLICE or first.ndim == 0:
+        yield tensors
+        return
+    rows = max(1, _SLICE * len(first) // first.numel())
+    yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def advance(
@@ -62,7 +77,8 @@ def schedulefree_step(
         weight_lr_power=weight_lr_power,
         averages_by_bias_correction=averages_by_bias_correction,
     )
-    for y, gradient, z_i, v in zip(parameters, gradients, z, exp_avg_sq, strict=True):
+    whole = zip(parameters, gradients, z, exp_avg_sq, strict=True)
+    for y, gradient, z_i, v in itertools.chain.from_iterable(map(_slices, whole)):
         v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         direction = gradient / (v / bias2.to(v.dtype)).sqrt_().add_(eps)
         if weight_decay:
