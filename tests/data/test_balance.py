@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from locallearn import UserError
-from locallearn.data import FeatureLoader, ImageLoader, InputSpec, MemoryImages, load_dataset
+from locallearn.data import ImageLoader, InputSpec, MemoryImages, load_dataset
 from locallearn.data.dataset import stratified_split
+from locallearn.data.features import FeatureLoader
 from locallearn.data.loader import balanced_order, epoch_generator
 
 CPU = torch.device("cpu")

@@ -8,7 +8,6 @@ from locallearn.data import tiny_imagenet as _tiny_imagenet  # noqa: F401
 from locallearn.data import vww as _vww  # noqa: F401
 from locallearn.data.augment import AUGMENTATIONS, Augmentation
 from locallearn.data.dataset import Dataset, DatasetSpec, dataset_spec, list_datasets, load_dataset
-from locallearn.data.features import FEATURE_DTYPES, STORED_DTYPES, FeatureLoader, FeatureRows
 from locallearn.data.images import (
     FileImages,
     ImageSource,
@@ -21,15 +20,11 @@ from locallearn.data.loader import ImageLoader, read_for_prediction
 
 __all__ = [
     "AUGMENTATIONS",
-    "FEATURE_DTYPES",
     "SILENT",
-    "STORED_DTYPES",
     "Augmentation",
     "DataListener",
     "Dataset",
     "DatasetSpec",
-    "FeatureLoader",
-    "FeatureRows",
     "FileImages",
     "ImageLoader",
     "ImageSource",

@@ -14,13 +14,13 @@ from locallearn.data import (
     SILENT,
     DataListener,
     Dataset,
-    FeatureLoader,
     ImageLoader,
     ImageSource,
     InputSpec,
     load_dataset,
 )
 from locallearn.data.dataset import free_memory_bytes
+from locallearn.data.features import FeatureLoader
 from locallearn.engine.blocks import freeze, needs_batch, plan_blocks
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from locallearn.data import AUGMENTATIONS, FEATURE_DTYPES, dataset_spec
+from locallearn.data import AUGMENTATIONS, dataset_spec
+from locallearn.data.features import FEATURE_DTYPES
 from locallearn.engine.learner import PRECISIONS
 from locallearn.engine.optimizers import check_schedule, usual_optimizer
 from locallearn.errors import UserError, unknown_name

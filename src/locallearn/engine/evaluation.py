@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from locallearn.data import FeatureLoader, ImageLoader
+from locallearn.data import ImageLoader
+from locallearn.data.features import FeatureLoader
 
 
 @dataclass(frozen=True)

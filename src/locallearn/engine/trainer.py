@@ -20,11 +20,10 @@ from torch import Tensor
 from locallearn.data import (
     DataListener,
     Dataset,
-    FeatureLoader,
-    FeatureRows,
     ImageLoader,
     MemoryImages,
 )
+from locallearn.data.features import FeatureLoader, FeatureRows
 from locallearn.engine.building import (
     build_learner,
     check_model,

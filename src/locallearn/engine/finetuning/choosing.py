@@ -31,7 +31,7 @@ MIN_EPOCHS, MAX_EPOCHS = 5, 100
 IMBALANCE = 1.5
 BALANCES = ("auto", "on", "off")
 
-# Of a network that has learned already; see docs/finetune.md for what was measured.
+# Of a network with BatchNorm that has learned already; see docs/finetune.md for what was measured.
 LEARNING_RATES = {
     "schedulefree-adamw": 2e-3,
     "schedulefree-sgd": 0.5,
@@ -90,7 +90,7 @@ def plan_finetuning(
         "augment": AUGMENTATION,
         "val_split": VAL_SPLIT,
         "optimizer": optimizer,
-        "lr": LEARNING_RATES.get(optimizer),
+        "lr": LEARNING_RATES.get(optimizer) if _has_trained_norms(start) else None,
         "batch_size": BATCH_SIZE,
         "epochs": 1,  # until the number of images is known
     }
@@ -142,6 +142,12 @@ def plan_finetuning(
         "fit": None if fit is None else fit.to_json(),
     }
     return FineTuning(start, settings.resolve(), dataset, record, tuple(notes), fit)
+
+
+def _has_trained_norms(start: Start) -> bool:
+    """Whether it has weights, and BatchNorm among them. Fresh weights are trained as ever, and
+    for networks without BatchNorm the learner knows a lower learning rate."""
+    return any(name.endswith(".running_var") for name in start.tensors)
 
 
 def _only(given: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -329,7 +329,8 @@ def _check_modes(learner: LocalLearner, started: set[nn.Module], cut: nn.Module)
         if next(module.children(), None) is not None or not was_training[module]:
             continue
         kind = type(module).__name__
-        is_random = kind.startswith(_RANDOM) and getattr(module, "p", 1.0) != 0
+        probability = getattr(module, "p", getattr(module, "drop_prob", 1.0))
+        is_random = kind.startswith(_RANDOM) and bool(probability)
         if is_random or isinstance(module, nn.modules.batchnorm._BatchNorm):
             name = _name(learner.model, module)
             raise _unfit(learner, cut, f"{kind} {name!r} in front of it is not frozen")

@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 from locallearn.data import (
-    FEATURE_DTYPES,
-    STORED_DTYPES,
     DataListener,
     ImageLoader,
     InputSpec,
     Work,
 )
 from locallearn.data.disk import check_space, naming
+from locallearn.data.features import FEATURE_DTYPES, STORED_DTYPES
 from locallearn.data.listening import telling
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.finetuning.front import FrozenFront

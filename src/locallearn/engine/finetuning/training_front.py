@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from locallearn.data import DataListener, Dataset, FeatureLoader, ImageLoader
+from locallearn.data import DataListener, Dataset, ImageLoader
+from locallearn.data.features import FeatureLoader
 from locallearn.engine.building import evaluation_loader
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.finetuning.front import FrozenFront, find_front
