@@ -133,7 +133,7 @@ def assemble(
         is_shared=bool(units) and plan is not None and bool(plan.shared),
     )
     if isinstance(rule, Backprop):
-        checkpointed = [] if plan is None else [m for b in plan.blocks for m in b.members]
+        checkpointed = [] if plan is None else [block.module for block in plan.blocks]
         procedure: Procedure = build_backpropagation(
             rule,
             model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Callable
@@ -68,6 +69,7 @@ def memory_timeline(call: Callable[[Mark], object], device: torch.device | str =
         device: where the tensors are.
     """
     device = torch.device(device)
+    gc.collect()  # what is freed meanwhile is to be the call's own
     if device.type == "cuda":
         return _on_cuda(call, device)
     # The profiler tells of itself on standard error.
@@ -75,7 +77,7 @@ def memory_timeline(call: Callable[[Mark], object], device: torch.device | str =
     # Not torch.profiler.profile: PyTorch 2.11's warns unless it is told to prepare every event for
     # its tables, which takes longer than a step.
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        call(_mark)
+        call(mark)
     assert profile.kineto_results is not None
     events = sorted(
         (event.start_ns(), event.nbytes(), event.name())
@@ -97,7 +99,8 @@ def memory_timeline(call: Callable[[Mark], object], device: torch.device | str =
     return Timeline(tuple(segments))
 
 
-def _mark(label: str) -> None:
+def mark(label: str) -> None:
+    """End a segment of the timeline that is being taken on the CPU, if one is, and begin another."""
     with torch.autograd.profiler.record_function(_MARK + label):
         pass
 
@@ -106,7 +109,7 @@ def _on_cuda(call: Callable[[Mark], object], device: torch.device) -> Timeline:
     segments: list[tuple[str, tuple[int, ...]]] = []
     label = ""
 
-    def mark(following: str) -> None:
+    def end_segment(following: str) -> None:
         nonlocal label
         torch.cuda.synchronize(device)
         segments.append((label, (torch.cuda.max_memory_allocated(device) - before,)))
@@ -116,8 +119,8 @@ def _on_cuda(call: Callable[[Mark], object], device: torch.device) -> Timeline:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    call(mark)
-    mark("")
+    call(end_segment)
+    end_segment("")
     return Timeline(tuple(segments))
 
 

@@ -25,7 +25,10 @@ from locallearn.engine.blocks.trace import (
     tensors_of,
     trace_few,
 )
+from locallearn.engine.measuring import mark
 from locallearn.errors import UserError
+
+FROZEN, BEHIND_FROZEN = "frozen", "behind frozen"  # marks in a timeline
 
 # Of the largest tensor of a slice: large enough for the kernels to be busy. At 224 pixels a stage
 # of a ResNet has 3 MiB an image; of 32 pixels tens of images go at once.
@@ -40,7 +43,7 @@ class FrozenRun:
     Attributes:
         names: of the modules in the model, in the order of the forward.
         chain: the modules.
-        bytes_per_image: of the largest tensor between them.
+        bytes_per_image: of the largest tensor that they, or modules inside them, take or yield.
     """
 
     names: tuple[str, ...]
@@ -70,8 +73,12 @@ class FrozenRun:
         def run(x: Tensor) -> Tensor:
             if others is not None and torch.is_grad_enabled() and x.requires_grad:
                 return whole(x)
+            # A part of its own in a timeline: how many slices there are goes by the batch.
+            mark(FROZEN)
             with torch.no_grad():
-                return self._sliced(x.detach())
+                output = self._sliced(x.detach())
+            mark(BEHIND_FROZEN)
+            return output
 
         return forwards_through(self.chain, run)
 
@@ -134,7 +141,7 @@ def find_runs(
         FrozenRun(
             tuple(call.name for call in run),
             Chain([call.module for call in run]),
-            max(_bytes(call) for call in run) // num_images,
+            max(_bytes(call) for call in _within(run, calls)) // num_images,
         )
         for run in runs
     ]
@@ -159,10 +166,15 @@ def _is_simple(call: Call, num_images: int) -> bool:
     )
 
 
+def _within(run: Sequence[Call], calls: Mapping[str, Call]) -> list[Call]:
+    """The calls of a run's modules, and of those inside them."""
+    inside = {inner for call in run for inner in call.module.modules()}
+    return [call for call in calls.values() if call.module in inside]
+
+
 def _bytes(call: Call) -> int:
-    return max(
-        seen.tensor.numel() * seen.tensor.element_size() for seen in (*call.inputs, *call.outputs)
-    )
+    seen = (*call.inputs, *call.outputs)
+    return max((each.tensor.numel() * each.tensor.element_size() for each in seen), default=0)
 
 
 def _gives_same(

@@ -16,7 +16,7 @@ from locallearn.engine.budget.needs import (
     batch_of,
     inference_timeline,
     measure_recalibration,
-    measure_step,
+    memory_of_steps,
     state_bytes,
 )
 from locallearn.engine.budget.probing import (
@@ -25,6 +25,7 @@ from locallearn.engine.budget.probing import (
     has_norm_in_training,
     make_probe,
 )
+from locallearn.engine.learner import LocalLearner
 from locallearn.errors import UserError
 
 LARGEST_BATCH = 32
@@ -143,6 +144,7 @@ class _Chooser:
         self._shape, self._num_classes = tuple(image_shape), num_classes
         self._device, self._what = torch.device(device), what
         self._fixed = fixed_blocks
+        self._last: tuple[list[str], LocalLearner] | None = None
 
     def choose(self, largest_batch: int, fixed_batch: int | None) -> Choice:
         probe = make_probe(
@@ -260,22 +262,25 @@ class _Chooser:
         )
 
     def _measure(self, trained: Sequence[str], batch_size: int) -> StepMemory:
-        return measure_step(lambda: self._learner(trained), *self._batch(batch_size))
+        return memory_of_steps(self._learner(trained), *self._batch(batch_size))
 
     def _evaluated(
         self, trained: Sequence[str], test_batch: int, batch_size: int
     ) -> tuple[int, int]:
         """Peaks of inference and recalibration, with the optimizers' state."""
-        learner = self._learner(trained)
-        learner.step(*self._batch(self._smallest(trained)))
+        learner = self._learner(trained)  # has made its steps
         state = state_bytes(learner)
         inference = inference_timeline(learner, self._batch(test_batch)[0]).peak_bytes
         recalibration = measure_recalibration(lambda: learner, self._batch(batch_size)[0])
         return state + inference, state + recalibration
 
-    def _learner(self, trained: Sequence[str]) -> Any:
-        learner = self._make(self._rule, ",".join(trained) or "none")
-        return learner.build(self._batch(2)[0])
+    def _learner(self, trained: Sequence[str]) -> LocalLearner:
+        """One that trains these; the last one is kept."""
+        if self._last is None or self._last[0] != list(trained):
+            self._last = None  # before the next is made
+            learner = self._make(self._rule, ",".join(trained) or "none")
+            self._last = list(trained), learner.build(self._batch(2)[0])
+        return self._last[1]
 
     def _batch(self, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
         return batch_of(self._shape, num_images, self._num_classes, self._device)

@@ -86,11 +86,9 @@ def compare(
     """
 
     def need(rule: str, trained: str) -> Need:
+        learner = make_learner(rule, trained)
         timelines = [
-            step_timeline(
-                make_learner(rule, trained), *batch_of(image_shape, n, num_classes, device)
-            )
-            for n in PROBED
+            step_timeline(learner, *batch_of(image_shape, n, num_classes, device)) for n in PROBED
         ]
 
         def peak(num_images: int) -> int:

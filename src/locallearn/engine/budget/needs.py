@@ -101,6 +101,8 @@ def step_timeline(
             learner.step(as_loaded(images), labels.clone())
 
     learner.build(images)
+    for optimizer in learner.optimizers.values():
+        optimizer.state.clear()
     return memory_timeline(steps, images.device)
 
 
@@ -115,8 +117,12 @@ def measure_step(
         labels: (N,), int64.
     """
     with torch.random.fork_rng():
-        learner = make_learner()
-        timeline = step_timeline(learner, images, labels)
+        return memory_of_steps(make_learner(), images, labels)
+
+
+def memory_of_steps(learner: LocalLearner, images: Tensor, labels: Tensor) -> StepMemory:
+    """The same of a learner that is there, whose optimizers forget what they knew."""
+    timeline = step_timeline(learner, images, labels)
     return StepMemory(
         len(labels), timeline.peak_bytes, state_bytes(learner), gradient_bytes(learner)
     )

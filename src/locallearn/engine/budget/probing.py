@@ -85,10 +85,12 @@ class LocalProbe:
         """Predicted peak of a step that trains these and the output layer."""
         step, front = extended(self._steps, num_images), extended(self._fronts, num_images)
         # Frozen blocks hold what they do where all are frozen, and less where one learns instead.
-        highest = max(max(values) for label, values in front.segments if label == f"|{_BETWEEN}")
+        highest = max(
+            max(values) for label, values in front.segments if not label.endswith(_UPDATE)
+        )
         for label, values in step.segments:
             name, _, phase = label.rpartition("|")
-            if phase == _BETWEEN:
+            if phase not in (_LEARN, _UPDATE):
                 highest = max(highest, *values)
             elif name in trained or name == "":
                 own = self.state[name] if phase == _UPDATE else 0
@@ -108,8 +110,8 @@ _BETWEEN, _LEARN, _UPDATE = "between", "learn", "update"
 
 
 def _probed_step(learner: LocalLearner, images: Tensor, labels: Tensor) -> Timeline:
-    """A step's timeline, in segments "block|learn", "block|update" and "|between"; of the output
-    layer "|update" alone."""
+    """A step's timeline, in segments "block|learn" and "block|update", of the output layer "|update"
+    alone; and "|between", where frozen modules have segments of their own."""
 
     def step(mark: Mark) -> None:
         mark(f"|{_BETWEEN}")
@@ -208,11 +210,8 @@ class WholeProbe:
     def _probed(self, trained: Sequence[str]) -> list[Timeline]:
         key = tuple(trained)
         if key not in self._steps:
-            timelines = []
-            for num_images in PROBED:
-                learner = self._make(self._rule, ",".join(key) or "none")
-                timelines.append(step_timeline(learner, *self._batch(num_images)))
-            self._steps[key] = timelines
+            learner = self._make(self._rule, ",".join(key) or "none")
+            self._steps[key] = [step_timeline(learner, *self._batch(n)) for n in PROBED]
             self._states[key] = sum(map(optimizer_bytes, learner.optimizers.values()))
         return self._steps[key]
 
@@ -222,6 +221,7 @@ class WholeProbe:
 
 def has_norm_in_training(learner: LocalLearner) -> bool:
     """Whether some BatchNorm normalises by the batch, of which it needs two images."""
+    learner.train()
     norms = (m for m in learner.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     return any(norm.training for norm in norms)
 

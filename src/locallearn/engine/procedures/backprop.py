@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from locallearn.engine.blocks import FrozenRun, Inputs, call_model, standing_in
+from locallearn.engine.blocks import FrozenRun, Inputs, call_model, forwards_through, standing_in
 from locallearn.engine.procedures.base import (
     Outcome,
     OutputLayer,
@@ -110,7 +110,10 @@ class CheckpointedBackpropagation(Backpropagation):
         frozen_runs: Sequence[FrozenRun] = (),
     ) -> None:
         super().__init__(model.__call__, output_layer)
-        checkpointed = {block: _through_checkpoint(block) for block in blocks}
+        # A chain as a whole: its activation may write into what its norm hands on.
+        checkpointed: dict[nn.Module, Callable[..., Any]] = {}
+        for block in blocks:
+            checkpointed |= forwards_through(block, _through_checkpoint(block))
         self._standing_in |= checkpointed
         for run in frozen_runs:
             self._standing_in |= run.forwards(others=checkpointed)
