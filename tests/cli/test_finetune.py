@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from locallearn.cli import main
@@ -92,8 +94,8 @@ def test_the_recorded_command_makes_the_same_run(
     assert (program, words[0]) == ("locallearn", "finetune")
     assert main([*words, "--out", "second", "--quiet"]) == 0
     assert RunDirectory(Path("second")).read_config().settings == settings
-    one, two = (Path(run, "model.safetensors").read_bytes() for run in ("first", "second"))
-    assert len(one) == len(two)
+    one, two = (load_file(Path(run, "model.safetensors")) for run in ("first", "second"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
     assert len(capsys.readouterr().out.splitlines()) == 2 * 4
 
 
