@@ -192,6 +192,16 @@ def test_state_goes_on_exactly(rule: str) -> None:
         assert torch.equal(other.model.state_dict()[key], value), key
 
 
+def test_a_copy_runs_its_own_frozen_blocks() -> None:
+    learner = learner_of(resnet(), "layer4")
+    other = copy.deepcopy(learner)
+    with torch.no_grad():
+        other.model.conv1.weight.zero_()
+    ours, theirs = learner(batch()[0]), other(batch()[0])
+    assert not torch.allclose(ours, theirs)
+    torch.testing.assert_close(theirs, other.model.eval()(batch()[0]).detach())
+
+
 @pytest.mark.parametrize("backend", ["reference", "autograd"])
 def test_modes_and_statistics_of_frozen_blocks(backend: str) -> None:
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from locallearn.engine.blocks import BlockPlan, NetworkPlan, forwards_through
+from locallearn.engine.blocks import BlockPlan, NetworkPlan, WithoutGraph, forwards_through
 from locallearn.engine.optimizers import OptimizerFactory
 from locallearn.engine.procedures import (
     ErrorUnit,
@@ -182,7 +182,7 @@ def _frozen_forwards(plan: NetworkPlan) -> dict[nn.Module, Callable[..., Any]]:
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     for block in plan.blocks:
         if block.is_frozen:
-            forwards |= forwards_through(block.module, torch.no_grad()(block.module.forward))
+            forwards |= forwards_through(block.module, WithoutGraph(block.module.forward))
     for run in plan.frozen_runs:
         forwards |= run.forwards()
     return forwards

@@ -100,7 +100,7 @@ def memory_timeline(call: Callable[[Mark], object], device: torch.device | str =
 
 
 def mark(label: str) -> None:
-    """End a segment of the timeline that is being taken on the CPU, if one is, and begin another."""
+    """End a segment of the timeline that is being taken on the CPU, if one is; begin another."""
     with torch.autograd.profiler.record_function(_MARK + label):
         pass
 

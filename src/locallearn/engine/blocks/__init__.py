@@ -10,7 +10,7 @@ is.
 from locallearn.engine.blocks.chain import Chain, forwards_through, modules_of
 from locallearn.engine.blocks.choosing import BlockChoice, Blocks, choose, parse_blocks
 from locallearn.engine.blocks.freezing import freeze, learn_all
-from locallearn.engine.blocks.frozen_runs import FrozenRun
+from locallearn.engine.blocks.frozen_runs import FrozenRun, WithoutGraph
 from locallearn.engine.blocks.layout import (
     PLAIN,
     LatentSize,
@@ -52,6 +52,7 @@ __all__ = [
     "NetworkPlan",
     "NormalizedLayer",
     "Parts",
+    "WithoutGraph",
     "call_model",
     "choose",
     "cut_at_head",

@@ -60,33 +60,26 @@ class FrozenRun:
             others: None where no gradient leads through the run. Else what stands in for its
                 modules, or some of them, where one does.
         """
-        members = list(self.chain.members)
-        whole = self.chain.forward
+        steps: list[Callable[..., Any]] | None = None
         if others is not None:
-            steps = [others.get(module, module.forward) for module in members]
+            steps = [others.get(module, module.forward) for module in self.chain.members]
+        return forwards_through(self.chain, _RunOfFrozen(self, steps))
 
-            def whole(x: Tensor) -> Tensor:
-                for step in steps:
-                    x = step(x)
-                return x
-
-        def run(x: Tensor) -> Tensor:
-            if others is not None and torch.is_grad_enabled() and x.requires_grad:
-                return whole(x)
-            # A part of its own in a timeline: how many slices there are goes by the batch.
-            mark(FROZEN)
-            with torch.no_grad():
-                output = self._sliced(x.detach())
-            mark(BEHIND_FROZEN)
-            return output
-
-        return forwards_through(self.chain, run)
+    def in_slices(self, x: Tensor) -> Tensor:
+        """What the run makes of a batch, without a graph."""
+        # A part of its own in a timeline: how many slices there are goes by the batch.
+        mark(FROZEN)
+        with torch.no_grad():
+            output = self._sliced(x.detach())
+        mark(BEHIND_FROZEN)
+        return output
 
     def _sliced(self, x: Tensor) -> Tensor:
         largest = _SLICE_BYTES.get(x.device.type, _SLICE_BYTES_ELSEWHERE)
         size = max(1, largest // max(1, self.bytes_per_image))
         if len(x) <= size:
-            return self.chain(x)  # type: ignore[no-any-return]
+            whole: Tensor = self.chain(x)
+            return whole
         output: Tensor | None = None
         for first in range(0, len(x), size):
             part = self.chain(x[first : first + size])
@@ -96,6 +89,37 @@ class FrozenRun:
             del part
         assert output is not None
         return output
+
+
+class _RunOfFrozen:
+    """What stands in for the first module of a run: an object, to be copied with its learner.
+
+    Arguments:
+        run: of frozen modules.
+        steps: what its modules are, one by one, where a gradient leads through them; None where
+            none ever does.
+    """
+
+    def __init__(self, run: FrozenRun, steps: Sequence[Callable[..., Any]] | None) -> None:
+        self._run, self._steps = run, steps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._steps is not None and torch.is_grad_enabled() and x.requires_grad:
+            for step in self._steps:
+                x = step(x)
+            return x
+        return self._run.in_slices(x)
+
+
+class WithoutGraph:
+    """A forward that builds no graph: an object, which can be copied with its learner."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self._forward(*args, **kwargs)
 
 
 def _empty_like(part: Tensor, num_images: int) -> Tensor:

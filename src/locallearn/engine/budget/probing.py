@@ -110,8 +110,8 @@ _BETWEEN, _LEARN, _UPDATE = "between", "learn", "update"
 
 
 def _probed_step(learner: LocalLearner, images: Tensor, labels: Tensor) -> Timeline:
-    """A step's timeline, in segments "block|learn" and "block|update", of the output layer "|update"
-    alone; and "|between", where frozen modules have segments of their own."""
+    """A step's timeline, in segments "block|learn" and "block|update", of the output layer
+    "|update" alone, and "|between"; frozen modules have segments of their own."""
 
     def step(mark: Mark) -> None:
         mark(f"|{_BETWEEN}")

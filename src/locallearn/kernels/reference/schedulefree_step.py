@@ -22,7 +22,8 @@ def _slices(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
         yield tensors
         return
     rows = max(1, _SLICE * len(first) // first.numel())
-    yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    for start in range(0, len(first), rows):
+        yield [tensor[start : start + rows] for tensor in tensors]
 
 
 def advance(
