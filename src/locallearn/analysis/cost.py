@@ -202,10 +202,11 @@ def run_cost(config: RunConfig, rule: Rule | None = None) -> Cost | None:
     """The cost of a step of a run, of the same network under another rule where one is given.
 
     Blocks that are grouped are counted as if each were by itself. None of a model from elsewhere,
-    whose layers are not ours to count, and of blocks that were chosen.
+    whose layers are not ours to count, and of blocks that were chosen, or that do not all learn.
     """
     settings, inputs = config.settings, config.inputs
-    if is_foreign(settings.model) or settings.blocks != "auto":
+    are_all = settings.blocks == "auto" and settings.trained_blocks == "all"
+    if is_foreign(settings.model) or not are_all:
         return None
     with torch.device("meta"):
         model = build_network(settings, inputs, len(config.class_names))

@@ -250,8 +250,12 @@ def epoch_line(row: Row, num_epochs: int) -> str:
     )
     if "val_acc" in row:
         line += f"  val {row['val_acc']:6.2f} %"
+    if "val_balanced_acc" in row:
+        line += f" (balanced {row['val_balanced_acc']:.2f} %)"
     line += f"  {row['images_per_second']:,.0f} images/s"
-    not_blocks = ("train_acc", "test_acc", "val_acc")
+    from locallearn.engine.run import NETWORK_COLUMNS
+
+    not_blocks = {f"{name}_acc" for name in NETWORK_COLUMNS}
     blocks = [v for name, v in row.items() if name.endswith("_acc") and name not in not_blocks]
     if blocks:
         line += "  blocks " + " ".join(f"{value:.1f}" for value in blocks)

@@ -129,6 +129,7 @@ def evaluate(
                 "split": split,
                 "num_images": len(source),
                 "accuracy": result.accuracy,
+                "balanced_accuracy": result.balanced_accuracy,
                 "loss": result.loss,
                 "class_names": list(names),
                 "class_accuracy": result.class_accuracy.tolist(),
@@ -143,8 +144,8 @@ def _print(
 ) -> None:
     where = f" after {trained.num_epochs} epochs" if trained.num_epochs is not None else ""
     print(
-        f"{trained.origin}{where}: accuracy {result.accuracy:.2f} %, loss {result.loss:.4f} "
-        f"on {num:,} {split} images"
+        f"{trained.origin}{where}: accuracy {result.accuracy:.2f} %, balanced accuracy "
+        f"{result.balanced_accuracy:.2f} %, loss {result.loss:.4f} on {num:,} {split} images"
     )
     counts = result.confusion
     totals, accuracy = counts.sum(dim=1).tolist(), result.class_accuracy.tolist()

@@ -18,6 +18,7 @@ from locallearn.cli import (
     doctor,
     evaluate,
     export,
+    finetune,
     listing,
     predict,
     report,
@@ -37,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("export")(export.export)

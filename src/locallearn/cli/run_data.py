@@ -52,6 +52,7 @@ def load_run_data(trained: Trained, data_dir: str | None, cache: str | None) -> 
         data_dir=data_dir,
         cache=cache,
         in_memory=in_memory,
+        view=config.inputs,
         listener=make_observer(quiet=False),
     )
     if dataset.class_names != config.class_names:

@@ -72,6 +72,7 @@ class LoadRequest:
         image_size: height and width for data whose images have no common size, pixels.
         memory_limit_bytes: largest size of the decoded training images to keep in memory.
         cache: directory of decoded images; None for none.
+        view: what a network that is trained already sees; None leaves it to the data.
         listener: is told of downloads and of whatever else takes long.
     """
 
@@ -80,6 +81,7 @@ class LoadRequest:
     image_size: int | None
     memory_limit_bytes: int
     cache: Path | None = None
+    view: InputSpec | None = None
     listener: DataListener = SILENT
 
 
@@ -141,6 +143,8 @@ def load_dataset(
     seed: int = 0,
     memory_limit_bytes: int | None = None,
     cache: str | Path | None = None,
+    view: InputSpec | None = None,
+    holds_out_every_class: bool = False,
     listener: DataListener = SILENT,
 ) -> Dataset:
     """A dataset by name, ready to train on.
@@ -156,6 +160,9 @@ def load_dataset(
         memory_limit_bytes: decoded training images above this size stream from disk; by default
             a quarter of the machine's free memory.
         cache: directory where the decoded images of a dataset of files are kept, or are put.
+        view: what a network that is trained already sees of an image: size, channels and
+            normalisation. Images of files are scaled to it; others must be of that shape.
+        holds_out_every_class: the validation split takes at least one image of each class.
         listener: is told of downloads and of whatever else takes long.
 
     Raises:
@@ -185,6 +192,8 @@ def load_dataset(
     if not 0.0 <= val_split < 1.0:
         raise UserError(f"--val-split must be in [0, 1), got {val_split}.")
 
+    if view is not None and spec.can_resize and image_size is None:
+        image_size = view.image_size[0]
     request = LoadRequest(
         data_dir=Path(data_dir) if data_dir is not None else None,
         augment=augment,
@@ -193,9 +202,14 @@ def load_dataset(
             free_memory_bytes() // 4 if memory_limit_bytes is None else memory_limit_bytes
         ),
         cache=Path(cache) if cache is not None else None,
+        view=view,
         listener=listener,
     )
     dataset = spec.load(request)
+    if view is not None:
+        _check_view(dataset, view)
+        inputs = replace(dataset.inputs, mean=view.mean, std=view.std)
+        dataset = replace(dataset, inputs=inputs)
     if dataset.num_classes < 2:
         raise UserError(
             f"dataset {name!r} has one class only ({dataset.class_names[0]!r}); at least two are "
@@ -208,7 +222,10 @@ def load_dataset(
         test = test.subset(stratified_order(test.labels, DATA_SEED)[:limit_test])
     val = None
     if val_split:
-        kept, held = stratified_split(train.labels, val_split, seed)
+        least = 1 if holds_out_every_class else 0
+        kept, held = stratified_split(train.labels, val_split, seed, at_least=least)
+        if holds_out_every_class:
+            _check_kept(train.labels, kept, dataset.class_names, val_split)
         if not len(held) or not len(kept):
             raise UserError(
                 f"--val-split {val_split} of {len(train)} training images leaves one of the parts "
@@ -234,13 +251,44 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
     return shuffled[torch.argsort(rank[shuffled], stable=True)]
 
 
-def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """(kept, held out): of each class, round(share * n) images are held out; both sorted."""
+def _check_view(dataset: Dataset, view: InputSpec) -> None:
+    """Raises UserError where images are not of the shape that the network sees."""
+    ours, theirs = ((each.num_channels, *each.image_size) for each in (dataset.inputs, view))
+    if ours != theirs:
+        raise UserError(
+            f"images of dataset {dataset.name!r} are {_by(ours)}, and the network was trained on "
+            f"{_by(theirs)}. Give images as files, --dataset folder: those are scaled."
+        )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _check_kept(labels: Tensor, kept: Tensor, names: tuple[str, ...], share: float) -> None:
+    """Raises UserError where a class has lost all of its images to the validation split."""
+    left = set(labels[kept].tolist())
+    lost = [names[label] for label in torch.unique(labels).tolist() if label not in left]
+    if lost and left:
+        raise UserError(
+            f"--val-split {share:g} leaves no training image of class {lost[0]!r}, which has "
+            f"{int((labels == names.index(lost[0])).sum())} in all. Add images, or give a smaller "
+            f"share; 0 holds none out."
+        )
+
+
+def stratified_split(
+    labels: Tensor, share: float, seed: int, *, at_least: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(kept, held out): of each class, round(share * n) images are held out, and not fewer than
+    ``at_least``; both sorted."""
     generator = torch.Generator().manual_seed(seed)
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in torch.unique(labels).tolist():
         members = torch.nonzero(labels == label)[:, 0]
-        chosen = torch.randperm(len(members), generator=generator)[: round(share * len(members))]
+        chosen = torch.randperm(len(members), generator=generator)[
+            : max(at_least, round(share * len(members)))
+        ]
         held[members[chosen]] = True
     return torch.nonzero(~held)[:, 0], torch.nonzero(held)[:, 0]
 

@@ -80,7 +80,11 @@ def load_folder(request: LoadRequest) -> Dataset:
     augment = request.augment or "basic"
 
     resize: int | None
-    if request.image_size is None and len(sizes) == 1:
+    view = request.view
+    if view is not None:
+        num_channels, image_size = view.num_channels, view.image_size
+        resize, augmentation = _seen_as(view, set(sizes), augment)
+    elif request.image_size is None and len(sizes) == 1:
         resize, image_size = None, next(iter(sizes))
         augmentation = small_image_recipes(image_size)[augment]
     else:
@@ -102,6 +106,31 @@ def load_folder(request: LoadRequest) -> Dataset:
         test=sources[1],
         notes=tuple(notes),
     )
+
+
+def _seen_as(
+    view: InputSpec, sizes: set[tuple[int, int]], augment: str
+) -> tuple[int | None, Augmentation]:
+    """Resize and augmentation with which a trained network sees the images as it is used to.
+
+    Arguments:
+        view: what it sees.
+        sizes: (H, W) of the images there are.
+        augment: name of a recipe.
+
+    Raises:
+        UserError: images of several shapes, for a network that sees oblong ones.
+    """
+    if view.resize is None and sizes == {view.image_size}:
+        return None, small_image_recipes(view.image_size)[augment]
+    height, width = view.image_size
+    if height != width:
+        raise UserError(
+            f"the network sees images of {height}x{width} pixels, and these are of other sizes; "
+            f"only to squares are images scaled. Scale them to {height}x{width} yourself."
+        )
+    resize, augmentation = photo_recipes(height)[augment]
+    return view.resize or resize, augmentation
 
 
 register_dataset(

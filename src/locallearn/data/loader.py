@@ -42,6 +42,7 @@ class ImageLoader:
         augmentation: what the images undergo; by default the centre crop alone.
         shuffle: a new order each epoch, or the source's own.
         seed: of order and augmentation.
+        balance: with ``shuffle``, an epoch shows every class equally often (`balanced_order`).
         backend: whose kernel makes the batches.
     """
 
@@ -55,6 +56,7 @@ class ImageLoader:
         augmentation: Augmentation = NO_AUGMENTATION,
         shuffle: bool = False,
         seed: int = 0,
+        balance: bool = False,
         backend: str = "reference",
     ) -> None:
         if isinstance(source, MemoryImages):
@@ -68,14 +70,13 @@ class ImageLoader:
         self.device = device
         self.shuffle = shuffle
         self.seed = seed
+        self.balance = balance
         self.backend = backend
         self._size = inputs.image_size
         self._recipe = augmentation
         self._mean = torch.tensor(inputs.mean, device=device)
         self._std = torch.tensor(inputs.std, device=device)
-        self._ends: list[int] = [*range(batch_size, len(source), batch_size), len(source)]
-        if shuffle and batch_size > 1 and len(source) > 1 and len(source) % batch_size == 1:
-            self._ends.pop()
+        self._ends = batch_ends(len(source), batch_size, shuffle=shuffle)
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -104,12 +105,10 @@ class ImageLoader:
         Raises:
             UserError: an image file that can't be read.
         """
-        generator = torch.Generator()
-        # SeedSequence mixes the pair well; seed + epoch would give runs each other's epochs.
-        state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
-        generator.manual_seed(int(state) & (2**63 - 1))
+        generator = epoch_generator(self.seed, epoch)
         num = len(self.source)
-        order = torch.randperm(num, generator=generator) if self.shuffle else torch.arange(num)
+        labels = self.source.labels
+        order = epoch_order(labels, generator, shuffle=self.shuffle, balance=self.balance)
         draws = draw_epoch(self._recipe, num, self._size, generator).to(self.device)
         order = order.to(self.device)
 
@@ -118,12 +117,77 @@ class ImageLoader:
         indices, batch_draws = [order[part] for part in parts], [draws[part] for part in parts]
         crops = self.source.batches(indices, batch_draws, self._size, self._recipe)
         for index, batch in zip(indices, crops, strict=True):
-            yield batch, self.source.labels[index]
+            yield batch, labels[index]
 
     def images(self, crops: Crops) -> Tensor:
         """A batch's images, float32 (B, C, H, W) in channels-last memory."""
         kernels = load_kernels(self.backend)
         return kernels.augment(crops, self._mean, self._std, size=self._size)
+
+
+def batch_ends(num_images: int, batch_size: int, *, shuffle: bool) -> list[int]:
+    """Where the batches of an epoch end; without a last one of a single image if ``shuffle`` and the
+    others have more."""
+    ends = [*range(batch_size, num_images, batch_size), num_images]
+    if shuffle and batch_size > 1 and num_images > 1 and num_images % batch_size == 1:
+        ends.pop()
+    return ends
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """The source of an epoch's random numbers."""
+    generator = torch.Generator()
+    # SeedSequence mixes the pair well; seed + epoch would give runs each other's epochs.
+    state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+    return generator.manual_seed(int(state) & (2**63 - 1))
+
+
+def epoch_order(
+    labels: Tensor, generator: torch.Generator, *, shuffle: bool, balance: bool
+) -> Tensor:
+    """Indices of an epoch's images, (M,), int64, on the CPU.
+
+    Arguments:
+        labels: (M,), of all images.
+        generator: see :func:`epoch_generator`.
+        shuffle: a random order, or the source's own.
+        balance: with ``shuffle``, every class equally often.
+    """
+    if not shuffle:
+        return torch.arange(len(labels))
+    if balance:
+        return balanced_order(labels.cpu(), generator)
+    return torch.randperm(len(labels), generator=generator)
+
+
+def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """As many indices as there are images, in which every class comes equally often, up to one.
+
+    The epoch consists of rounds, each of one image of every class in random order, so the classes
+    of a batch are balanced too. A class runs through its images in random order, and again in
+    another when they are used up; of a class with more images than rounds, each epoch shows others.
+
+    Arguments:
+        labels: (M,), int64, on the CPU. A class without images is passed over.
+        generator: of the random numbers.
+
+    Returns:
+        (M,), int64.
+    """
+    num = len(labels)
+    classes = torch.unique(labels)
+    num_rounds = -(-num // len(classes))
+    columns = []
+    for label in classes.tolist():
+        members = torch.nonzero(labels == label)[:, 0]
+        num_passes = -(-num_rounds // len(members))
+        passes = [
+            members[torch.randperm(len(members), generator=generator)] for _ in range(num_passes)
+        ]
+        columns.append(torch.cat(passes)[:num_rounds])
+    rounds = torch.stack(columns, dim=1)  # (rounds, classes)
+    within = torch.rand(rounds.shape, generator=generator).argsort(dim=1)
+    return rounds.gather(1, within).flatten()[:num]
 
 
 def read_for_prediction(

@@ -20,6 +20,7 @@ from locallearn.data import (
     load_dataset,
 )
 from locallearn.data.dataset import free_memory_bytes
+from locallearn.data.features import FeatureLoader
 from locallearn.engine.blocks import freeze, needs_batch, plan_blocks
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
@@ -75,6 +76,7 @@ def load_data(
     data_dir: str | None = None,
     cache: str | None = None,
     in_memory: bool | None = None,
+    view: InputSpec | None = None,
     listener: DataListener = SILENT,
 ) -> Dataset:
     """The run's dataset.
@@ -85,6 +87,7 @@ def load_data(
         cache: where decoded images are kept instead; empty for nowhere.
         in_memory: whether its images were kept decoded when the run was started, which is to stay
             so; None decides by the memory that is free now, on the host and on the device.
+        view: what the network sees, of a run that started from trained weights.
         listener: is told of downloads and of whatever else takes long.
     """
     limit = free_memory_bytes() // 4
@@ -103,6 +106,8 @@ def load_data(
         val_split=settings.val_split,
         seed=settings.seed,
         cache=(settings.cache if cache is None else cache) or None,
+        view=view if settings.start_from is not None else None,
+        holds_out_every_class=settings.start_from is not None,
         listener=listener,
     )
 
@@ -278,6 +283,7 @@ def training_loader(settings: TrainConfig, dataset: Dataset, device: torch.devic
         augmentation=dataset.augmentation,
         shuffle=True,
         seed=settings.seed,
+        balance=settings.balance == "on",
         backend=settings.backend,
     )
 
@@ -301,7 +307,7 @@ def needs_recalibration(settings: TrainConfig) -> bool:
     return is_schedule_free and settings.batch_size >= BATCH_STATISTICS_FROM
 
 
-def recalibrate(learner: LocalLearner, loader: ImageLoader, epoch: int = 0) -> None:
+def recalibrate(learner: LocalLearner, loader: ImageLoader | FeatureLoader, epoch: int = 0) -> None:
     """Re-estimate BatchNorm's running statistics on the first batches of a training epoch."""
     batches = itertools.islice(loader.epoch(epoch), RECALIBRATION_BATCHES)
     learner.recalibrate(images for images, _ in batches)

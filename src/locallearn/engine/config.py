@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from locallearn.data import AUGMENTATIONS, dataset_spec
+from locallearn.data.features import FEATURE_DTYPES
 from locallearn.engine.learner import PRECISIONS
 from locallearn.engine.optimizers import check_schedule, usual_optimizer
 from locallearn.errors import UserError, unknown_name
@@ -21,11 +22,45 @@ from locallearn.models.sources import absolute_name, model_digest, short_name
 from locallearn.rules import Backprop, Requirement, Rule, build_rule, split_rule
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+KEPT = ("last", "best")
 _MAX_THREADS = 1024
 _NAMED = ("dataset", "model", "rule")
 # Of the package's own networks, which alone are built of our blocks.
 _OF_OWN_NETWORKS = ("width", "activation", "norm", "dropout")
 _OF_THE_HEADS = ("group_blocks", "head_after_pool")
+
+# What `locallearn finetune` has flags for, and what it does without them; None: it depends.
+_OF_FINETUNE: dict[str, Any] = {
+    "blocks": "auto",
+    "dataset": "folder",
+    "data_dir": None,
+    "image_size": None,
+    "augment": None,
+    "val_split": 0.2,
+    "balance": None,
+    "cache": None,
+    "limit_train": None,
+    "limit_test": None,
+    "memory_limit": None,
+    "trained_blocks": None,
+    "batch_size": None,
+    "test_batch_size": None,
+    "feature_cache": None,
+    "cache_views": 1,
+    "cache_dtype": "float32",
+    "epochs": None,
+    "optimizer": None,
+    "lr": None,
+    "weight_decay": 0.0,
+    "schedule": "none",
+    "keep": "last",
+    "seed": 0,
+    "precision": "fp32",
+    "device": None,
+    "backend": None,
+    "num_threads": None,
+}
+_FINETUNE_FLAGS = {"cache": "--image-cache", "feature_cache": "--cache"}
 
 # Options of rules that have flags of their own on the command line; others are given with the
 # rule's name (`rules.parse_rule`).
@@ -53,6 +88,10 @@ class TrainConfig:
 
     ``model_digest`` has no flag: it is the sha256 of the Python file that builds the model, where
     one does, and so tells whether that file has changed since.
+
+    The last eight are of `locallearn finetune`: ``start_from`` is its --from, ``start_digest`` the
+    sha256 of the weights that were there, ``feature_cache`` its --cache (``cache`` its
+    --image-cache).
     """
 
     dataset: str = "digits"
@@ -100,6 +139,14 @@ class TrainConfig:
     seed: int = 0
     limit_train: int | None = None
     limit_test: int | None = None
+    start_from: str | None = None
+    start_digest: str | None = None
+    memory_limit: str | None = None
+    balance: str = "off"
+    keep: str = "last"
+    feature_cache: str | None = None
+    cache_views: int = 1
+    cache_dtype: str = "float32"
 
     def resolve(self) -> TrainConfig:
         """The same settings checked, with every None that has a default filled in.
@@ -163,6 +210,20 @@ class TrainConfig:
                 f"{self.batch_size} images for each part; give --batch-size at least "
                 f"{num_parts * smallest}."
             )
+        for name, valid in (
+            ("balance", ("on", "off")),
+            ("keep", KEPT),
+            ("cache_dtype", tuple(FEATURE_DTYPES)),
+        ):
+            if getattr(self, name) not in valid:
+                raise unknown_name(flag(name), str(getattr(self, name)), valid)
+        if self.cache_views < 1:
+            raise UserError(f"--cache-views must be at least 1, got {self.cache_views}.")
+        if self.keep == "best" and not self.val_split:
+            raise UserError(
+                "--keep best chooses by the validation images, and none are held out. Give "
+                "--val-split, or leave --keep out."
+            )
         device = choose_device(self.device)
         if self.compile and (missing := missing_for("compiled", device)):
             raise UserError(f"--compile {missing}. Install it, or leave out --compile.")
@@ -177,6 +238,8 @@ class TrainConfig:
             activation=None if is_foreign(self.model) else self.activation or rule.activation,
             data_dir=self.data_dir and str(Path(self.data_dir).expanduser().absolute()),
             cache=str(Path(self.cache).expanduser().absolute()) if self.cache else None,
+            feature_cache=self.feature_cache
+            and str(Path(self.feature_cache).expanduser().absolute()),
             epochs=self.epochs or paper_epochs(self.model, self.dataset),
             optimizer=optimizer,
             # Of a model of another make the learner chooses it, by what the model is made of.
@@ -245,6 +308,7 @@ class TrainConfig:
             "compile": False,
             "data_dir": None,
             "cache": None,
+            "feature_cache": None,
         }
         own = {name: getattr(config, name) for name in portable}
         try:
@@ -291,7 +355,8 @@ def chosen_settings(settings: TrainConfig) -> dict[str, Any]:
     """What is set otherwise than dataset, model and rule alone would have it, by name.
 
     What a default would take from the machine counts as chosen where it is definite (device,
-    backend, threads). The digest of a model's file is the model's own and never is.
+    backend, threads). The digest of a model's file, or of
+    the weights a run started from, never is.
 
     Arguments:
         settings: resolved or not.
@@ -301,7 +366,7 @@ def chosen_settings(settings: TrainConfig) -> dict[str, Any]:
     usual = plain.resolve().to_json()
     usual |= named
     usual |= {name: getattr(plain, name) for name in ("device", "backend", "num_threads")}
-    usual["model_digest"] = settings.model_digest
+    usual |= {n: getattr(settings, n) for n in ("model_digest", "start_digest")}
     # A learning rate's default is its optimizer's.
     usual["lr"] = usual_optimizer(plain.build_rule(), settings.optimizer)[1]
     given = settings.to_json().items()
@@ -328,11 +393,14 @@ def train_command(settings: TrainConfig) -> str:
     whatever else is not the default.
 
     Device, backend and threads are written out where the settings have them, so that the command
-    gives the same run where it is started again. It has no ``--out``.
+    gives the same run where it is started again. It has no ``--out``. Of a run that started from
+    trained weights it is `locallearn finetune`, with what was chosen for it written out.
 
     Arguments:
         settings: resolved or not.
     """
+    if settings.start_from is not None:
+        return _finetune_command(settings)
     words = ["locallearn", "train"]
     for name in _NAMED:
         words += [flag(name), getattr(settings, name)]
@@ -341,6 +409,20 @@ def train_command(settings: TrainConfig) -> str:
             words.append(flag(name) if value else flag(f"no_{name}"))
         else:
             words += [flag(name), str(value)]
+    return shlex.join(words)
+
+
+def _finetune_command(settings: TrainConfig) -> str:
+    assert settings.start_from is not None
+    words = ["locallearn", "finetune", "--from", settings.start_from]
+    rule = settings.build_rule()
+    usual_options = build_rule(rule.name).options()
+    options = [f"{n}={v}" for n, v in rule.options().items() if v != usual_options[n]]
+    words += ["--rule", ":".join([rule.name, *options])]
+    for name, usual in _OF_FINETUNE.items():
+        value = getattr(settings, name)
+        if value is not None and value != usual:
+            words += [_FINETUNE_FLAGS.get(name, flag(name)), str(value)]
     return shlex.join(words)
 
 

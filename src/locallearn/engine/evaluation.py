@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from locallearn.data import ImageLoader
+from locallearn.data.features import FeatureLoader
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,16 @@ class Evaluation:
         """(K,), float64, percent; NaN for a class without images."""
         return 100 * self.confusion.diagonal().double() / self.confusion.sum(dim=1)
 
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean of the class accuracies, percent: every class counts alike, however many images it
+        has. Classes without images are left out."""
+        return float(self.class_accuracy.nanmean())
+
 
 @torch.no_grad()
 def evaluate(
-    infer: Callable[[Tensor], Tensor], loader: ImageLoader, num_classes: int
+    infer: Callable[[Tensor], Tensor], loader: ImageLoader | FeatureLoader, num_classes: int
 ) -> Evaluation:
     """Run ``infer``, from images to logits (N, K), over an epoch of ``loader``."""
     pairs = torch.zeros(num_classes**2, dtype=torch.int64, device=loader.device)

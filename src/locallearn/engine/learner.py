@@ -566,19 +566,22 @@ class LocalLearner(nn.Module):
         statistics at the averaged weights, on the last training batches; where these were below
         ``batch_statistics_from``, the running statistics are used as they are.
         """
-        images = self._before_inference(images)
-        with self._frozen_in_slices(), self._autocast(self._device.type):
-            logits = logits_of(call_model(self.model, images))
-        return not_below_float32(logits)
+        self._before_inference()
+        return self.infer(images)
 
-    def _before_inference(self, images: Inputs) -> Inputs:
-        """In evaluation mode, and its BatchNorms with it; returns the images as the model has them
-        fastest."""
+    @torch.no_grad()
+    def infer(self, images: Inputs) -> Tensor:
+        """Logits (N, K), float32, in the modes that the modules are in, which stay so."""
+        images = self._arrange(images)
+        with self._frozen_in_slices(), self._autocast(self._device.type):
+            return not_below_float32(logits_of(call_model(self.model, images)))
+
+    def _before_inference(self) -> None:
+        """In evaluation mode, and BatchNorm's statistics with it."""
         if self._is_stale and self._recent:
             self.recalibrate(list(self._recent))
         if self.training:
             self.eval()
-        return self._arrange(images)
 
     # -- early exits ----------------------------------------------------------------------------
 
@@ -602,8 +605,9 @@ class LocalLearner(nn.Module):
                     f"rule {self.rule.name!r} has no local losses, and so no block that classifies "
                     f"by itself, at which an image could leave. The LLS family and local-losses do."
                 )
-            images = self._before_inference(images)
+            self._before_inference()
             with self._autocast(self._device.type):
+                images = self._arrange(images)
                 self._exits = EarlyExits(self.model, units, self.num_classes, images, names)
         return self._exits
 
@@ -615,9 +619,9 @@ class LocalLearner(nn.Module):
             UserError: as :meth:`early_exits`.
         """
         exits = self.early_exits(images)
-        images = self._before_inference(images)
+        self._before_inference()
         with self._frozen_in_slices(), self._autocast(self._device.type):
-            return exits.logits(images)
+            return exits.logits(self._arrange(images))
 
     def calibrate_exits(self, batches: Iterable[tuple[Inputs, Tensor]]) -> dict[str, Calibration]:
         """Fit the temperature of each exit, so that its probabilities mean what they say.
@@ -685,13 +689,15 @@ class LocalLearner(nn.Module):
                 "too soon. Call calibrate_exits with images that were held out of the training.",
                 exit_threshold,
             )
-        images = self._before_inference(images)
+        self._before_inference()
         with (
             self._on_device(),
             self._frozen_in_slices(),
             self._autocast(self._device.type),
         ):
-            return found.predict(images, exit_threshold, self.exit_temperatures)
+            return found.predict(
+                self._arrange(images), exit_threshold, self.exit_temperatures
+            )
 
     # -- training -------------------------------------------------------------------------------
 

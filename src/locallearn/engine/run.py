@@ -39,7 +39,7 @@ Column = tuple[float | None, ...]
 # Columns of metrics.csv that every run has.
 _NEEDED = ("epoch", "train_acc", "test_acc", "images_per_second")
 # Whose accuracies are the network's, and no block's.
-NETWORK_COLUMNS = ("train", "test", "val")
+NETWORK_COLUMNS = ("train", "test", "val", "test_balanced", "val_balanced")
 
 # A zip archive ends with a directory that starts so: a truncated checkpoint has none.
 _ZIP_END, _ZIP_END_REACH = b"PK\5\6", 4096

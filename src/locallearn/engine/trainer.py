@@ -5,6 +5,7 @@ It prints nothing; an observer is told what happens.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -16,7 +17,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from locallearn.data import DataListener, Dataset, MemoryImages
+from locallearn.data import (
+    DataListener,
+    Dataset,
+    ImageLoader,
+    MemoryImages,
+)
+from locallearn.data.features import FeatureLoader, FeatureRows
 from locallearn.engine.building import (
     build_learner,
     check_model,
@@ -29,7 +36,14 @@ from locallearn.engine.building import (
 )
 from locallearn.engine.config import TrainConfig, differing_settings
 from locallearn.engine.environment import describe_environment
-from locallearn.engine.evaluation import evaluate
+from locallearn.engine.evaluation import Evaluation, evaluate
+from locallearn.engine.finetuning import (
+    FineTuning,
+    PeakWatch,
+    TrainingFront,
+    class_counts,
+    load_start,
+)
 from locallearn.engine.graphs import GraphedStep, can_be_graphed
 from locallearn.engine.learner import LocalLearner, StepResult
 from locallearn.engine.optimizers import build_schedule
@@ -191,20 +205,28 @@ class Trainer:
             if (schedule := build_schedule(settings.schedule, optimizer, self.num_epochs))
         }
         self._recalibrates = needs_recalibration(settings)
-        self.train_loader = training_loader(settings, dataset, self.device)
+        self.train_loader: ImageLoader | FeatureLoader = training_loader(
+            settings, dataset, self.device
+        )
         if self.train_loader.num_images < 2:
             raise UserError("a training set of one image is too small: give at least two.")
         # On CUDA the whole step, augmentation included, is one graph; see `graphs`.
-        self._step: Callable[[Crops, Tensor], StepResult] = self._plain_step
-        if settings.cuda_graph and can_be_graphed(self.learner):
+        self._step: Callable[[Any, Tensor], StepResult] = self._plain_step
+        if _may_be_graphed(settings) and can_be_graphed(self.learner):
             source = self.train_loader.source
             resident = [source.pixels] if isinstance(source, MemoryImages) else []
             self._step = GraphedStep(self.learner, self._make_batch, resident)
         size = settings.test_batch_size
-        self.test_loader = evaluation_loader(dataset.test, dataset, size, self.device)
-        self.val_loader = None
+        self.test_loader: ImageLoader | FeatureLoader = evaluation_loader(
+            dataset.test, dataset, size, self.device
+        )
+        self.val_loader: ImageLoader | FeatureLoader | None = None
         if dataset.val is not None:
             self.val_loader = evaluation_loader(dataset.val, dataset, size, self.device)
+
+        self._dataset = dataset
+        self._front: TrainingFront | None = None
+        self.peak = PeakWatch.of(settings, self.learner, self.device)
 
         # Where the run is; all of it goes into the checkpoint.
         self.epoch = 0
@@ -213,13 +235,27 @@ class Trainer:
         self.train_seconds = 0.0  # of this epoch's steps
         self.total_seconds = 0.0
         self.sums = self._new_sums()
+        self.best: dict[str, Any] | None = None  # with --keep best: the epoch, and its weights
+        self.evaluations: dict[str, Evaluation] = {}  # of the last epoch, by part
         self._unchecked: list[Tensor] = []
 
     # -- making one -----------------------------------------------------------------------------
 
     @classmethod
-    def start(cls, settings: TrainConfig, out: Path, observer: Observer) -> Trainer:
+    def start(
+        cls,
+        settings: TrainConfig,
+        out: Path,
+        observer: Observer,
+        finetuning: FineTuning | None = None,
+    ) -> Trainer:
         """A new run in ``out``, which is made once everything else is known to be right.
+
+        Arguments:
+            settings: resolved or not; of a fine-tuning those that were planned for it.
+            out: the run directory to be.
+            observer: is told.
+            finetuning: the weights to start from, and the data that was looked at for them.
 
         Raises:
             UserError: bad settings or data, a model that can't be built, or a directory that holds
@@ -230,7 +266,12 @@ class Trainer:
         run.check_free()
         settings = settings.resolve()
         check_model(settings)
-        dataset = load_data(settings, listener=observer)
+        if finetuning is None:
+            if settings.start_from is not None:
+                raise UserError("start_from is of `locallearn finetune`, which reads the weights.")
+            dataset = load_data(settings, listener=observer)
+        else:
+            dataset = finetuning.dataset
         backend, reason = choose_run_backend(settings, dataset)
         settings = replace(settings, backend=backend)
         config = RunConfig(
@@ -246,10 +287,20 @@ class Trainer:
                 "in_memory": isinstance(dataset.train, MemoryImages),
                 "notes": list(dataset.notes),
                 "backend_reason": reason,
+                **({} if finetuning is None else {"finetune": finetuning.record}),
             },
             environment=_environment(settings),
         )
         trainer = cls(config, dataset, run, observer)
+        if finetuning is not None:
+            loaded = load_start(
+                trainer.learner, finetuning.start, settings, dataset.inputs, dataset.class_names
+            )
+            config.data["finetune"]["loaded"] = loaded.to_json()
+            trainer._skip_front()
+            # What the weights were read from is needed no more, however early the run is stopped.
+            run.path.mkdir(parents=True, exist_ok=True)
+            trainer._save()
         run.create(config)
         for note in dataset.notes:
             observer.on_note(note)
@@ -282,6 +333,7 @@ class Trainer:
             data_dir=(given or {}).get("data_dir"),
             cache=(given or {}).get("cache"),
             in_memory=config.data["in_memory"],
+            view=config.inputs,
             listener=observer,
         )
         if dataset.fingerprint() != config.data["fingerprint"]:
@@ -299,6 +351,11 @@ class Trainer:
                 "package versions or device differ from those the run was started with: it goes "
                 "on, but not bit for bit as it would have there"
             )
+        if checkpoint is None and settings.start_from is not None:
+            raise UserError(
+                f"{run.checkpoint_path} is gone, and with it the weights that the run started "
+                f"from. Start a new run: `locallearn finetune --from ...`."
+            )
         if checkpoint is None:
             observer.on_note("no checkpoint was written yet: starting over")
         else:
@@ -312,6 +369,7 @@ class Trainer:
                 raise UserError(
                     f"{run.checkpoint_path} does not fit the run's config.json ({error})."
                 ) from error
+        trainer._skip_front()
         return trainer
 
     # -- the loop -------------------------------------------------------------------------------
@@ -334,20 +392,25 @@ class Trainer:
             self.run.write_metrics(self.rows)
         # What was written of epochs after the checkpoint is purged: they come again.
         writer = SummaryWriter(str(self.run.tensorboard_path), purge_step=self.epoch + 1)
+        skipped = self._front.skipped() if self._front else contextlib.nullcontext()
         try:
-            while self.epoch < self.num_epochs:
-                self._train_epoch()
-                row = self._finish_epoch()
-                for name, value in row.items():
-                    if name != "epoch":
-                        writer.add_scalar(_tensorboard_tag(name), value, self.epoch)
-                writer.flush()
-                self.observer.on_epoch(row, self.num_epochs)
-                if self.stop_signal is not None and self.epoch < self.num_epochs:
-                    raise Interrupted(self.stop_signal)
+            with skipped:
+                self._train_epochs(writer)
         finally:
             writer.close()
         return self._finish_run()
+
+    def _train_epochs(self, writer: Any) -> None:
+        while self.epoch < self.num_epochs:
+            self._train_epoch()
+            row = self._finish_epoch()
+            for name, value in row.items():
+                if name != "epoch":
+                    writer.add_scalar(_tensorboard_tag(name), value, self.epoch)
+            writer.flush()
+            self.observer.on_epoch(row, self.num_epochs)
+            if self.stop_signal is not None and self.epoch < self.num_epochs:
+                raise Interrupted(self.stop_signal)
 
     def request_stop(self, signal_number: int) -> None:
         """Have :meth:`fit` save everything after this step, and raise Interrupted."""
@@ -358,7 +421,7 @@ class Trainer:
         began = time.perf_counter() - self.train_seconds
         interval = 1 if self.device.type == "cpu" else _CHECK_INTERVAL
         for crops, labels in self.train_loader.crops(self.epoch, start=self.step):
-            result = self._step(crops, labels)
+            result = self.peak.step(self._step, crops, labels)
             losses = torch.stack([result.loss, *(result.block_losses[name] for name in names)])
             self.sums.add(losses, result, labels, names)
             self.step += 1
@@ -390,10 +453,22 @@ class Trainer:
             labels = torch.arange(size) % dataset.num_classes
             twin.step(images.to(self.device), labels.to(self.device))
 
-    def _make_batch(self, crops: Crops, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.train_loader.images(crops), labels
+    def _skip_front(self) -> None:
+        """With --cache, have the frozen blocks in front run once, and train behind them."""
+        settings = self.settings
+        if settings.feature_cache is None:
+            return
+        self._front = TrainingFront.of(
+            self.learner, settings, self._dataset, self.device, self.observer
+        )
+        self.train_loader = self._front.train_loader
+        self.test_loader = self._front.test_loader
+        self.val_loader = self._front.val_loader
 
-    def _plain_step(self, crops: Crops, labels: Tensor) -> StepResult:
+    def _make_batch(self, crops: Crops | FeatureRows, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.train_loader.images(crops), labels  # type: ignore[arg-type] # its own
+
+    def _plain_step(self, crops: Crops | FeatureRows, labels: Tensor) -> StepResult:
         return self.learner.step(*self._make_batch(crops, labels))
 
     def _finish_epoch(self) -> Row:
@@ -401,12 +476,16 @@ class Trainer:
         epoch = self.epoch + 1
         self.observer.on_evaluation(epoch)
         if self._recalibrates:
-            recalibrate(self.learner, self.train_loader, self.epoch)
+            self.peak.recalibration(
+                lambda: recalibrate(self.learner, self.train_loader, self.epoch)
+            )
         self.learner.eval()
-        test = evaluate(self.learner, self.test_loader, self.learner.num_classes)
+        test = evaluate(self.peak.infer, self.test_loader, self.learner.num_classes)
+        self.evaluations = {"test": test}
         val = None
         if self.val_loader is not None:
-            val = evaluate(self.learner, self.val_loader, self.learner.num_classes)
+            val = evaluate(self.peak.infer, self.val_loader, self.learner.num_classes)
+            self.evaluations["val"] = val
         if not math.isfinite(test.loss):
             # The losses of the steps are those before each update: the last one can break it.
             raise UserError(
@@ -430,6 +509,10 @@ class Trainer:
                 row[f"{name}_acc"] = accuracies[column]
         if val is not None:
             row["val_loss"], row["val_acc"] = val.loss, val.accuracy
+        if self.settings.start_from is not None:
+            for part, result in self.evaluations.items():
+                row[f"{part}_balanced_acc"] = result.balanced_accuracy
+            self._keep_best(epoch, row)
 
         # Nothing is chosen by the test set: a plateau is one of the validation or training loss.
         watched = losses[0] if val is None else val.loss
@@ -447,8 +530,25 @@ class Trainer:
         self.run.write_metrics(self.rows)
         return row
 
+    def _keep_best(self, epoch: int, row: Row) -> None:
+        """With --keep best: hold on to the weights of the best balanced validation accuracy, the
+        first of several alike. The test images have no say."""
+        if self.settings.keep != "best":
+            return
+        value = row["val_balanced_acc"]
+        if self.best is None or value > self.best["value"]:
+            learner = self.learner
+            modules = {"model": learner.model, "heads": learner.heads}
+            self.best = {"epoch": epoch, "value": value} | {
+                name: {key: t.detach().cpu().clone() for key, t in module.state_dict().items()}
+                for name, module in modules.items()
+            }
+
     def _finish_run(self) -> dict[str, Any]:
         self.learner.eval()
+        if self.best is not None:
+            self.learner.model.load_state_dict(self.best["model"])
+            self.learner.heads.load_state_dict(self.best["heads"])
         save_weights(self.run.model_path, self.learner, self.config)
         summary = self._summary()
         self.run.write_summary(summary)
@@ -456,6 +556,8 @@ class Trainer:
 
     def _summary(self) -> dict[str, Any]:
         settings, last = self.settings, self.rows[-1]
+        if self.best is not None:
+            last = self.rows[self.best["epoch"] - 1]
         test_accs = [row["test_acc"] for row in self.rows]
         summary = {
             "test_acc": last["test_acc"],
@@ -491,6 +593,25 @@ class Trainer:
                 "best_val_acc": val_accs[best],
                 "test_acc_at_best_val": test_accs[best],
             }
+        if settings.start_from is not None:
+            summary |= self._finetuning_summary(last)
+        return summary
+
+    def _finetuning_summary(self, last: Row) -> dict[str, Any]:
+        names = self.config.class_names
+        summary: dict[str, Any] = {
+            "start_from": self.settings.start_from,
+            "kept_epoch": last["epoch"],
+            "trained_blocks": self.learner.block_names,
+            **{name: last[name] for name in last if name.endswith("_balanced_acc")},
+            "class_counts": class_counts(self._dataset),
+            **self.peak.summary(),
+        }
+        skipped = self._front.skipped() if self._front else contextlib.nullcontext()
+        with skipped:
+            result = evaluate(self.learner, self.test_loader, len(names))
+        accuracies = result.class_accuracy.tolist()
+        summary["test_class_acc"] = dict(zip(names, accuracies, strict=True))
         return summary
 
     # -- parts ----------------------------------------------------------------------------------
@@ -553,6 +674,8 @@ class Trainer:
             "sums": self.sums.state(),
             "learner": self.learner.training_state(),
             "schedules": {name: s.state_dict() for name, s in self.schedules.items()},
+            "best": self.best,
+            "peak": self.peak.state(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
@@ -565,6 +688,8 @@ class Trainer:
         self.learner.load_training_state(state["learner"])
         for name, schedule in self.schedules.items():
             schedule.load_state_dict(state["schedules"][name])
+        self.best = state.get("best")  # of earlier versions there is none
+        self.peak.load(state.get("peak"))
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
@@ -586,6 +711,11 @@ def check_same_settings(run: RunDirectory, given: dict[str, Any]) -> RunConfig:
             f"Leave them out to resume it, or start a new run with --out."
         )
     return config
+
+
+def _may_be_graphed(settings: TrainConfig) -> bool:
+    """Whether a step may be captured: not where its memory is measured, or its front skipped."""
+    return settings.cuda_graph and settings.memory_limit is None and not settings.feature_cache
 
 
 def _environment(settings: TrainConfig) -> dict[str, Any]:

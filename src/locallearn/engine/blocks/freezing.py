@@ -74,7 +74,11 @@ def freeze(
     for block in frozen:
         evaluating |= _names_within(model, block)
     modules = [member for block in frozen for member in block.members]
-    runs = find_runs(model, inputs, modules, evaluating & set(loose)) if frozen else []
+    # Without values there is no telling what gives the same; such a model is only counted.
+    has_values = not any(p.is_meta for p in model.parameters())
+    runs = []
+    if frozen and has_values:
+        runs = find_runs(model, inputs, modules, evaluating & set(loose))
     return dataclasses.replace(
         plan,
         blocks=blocks,

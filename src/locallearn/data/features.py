@@ -1,0 +1,100 @@
+"""Batches of features: what a frozen front of a network made of the images, kept on disk.
+
+Shapes: V views, M images, B images of a batch, ... of one image's features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from locallearn.data.loader import batch_ends, epoch_generator, epoch_order
+
+FEATURE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+# NumPy has no bfloat16: its bits are kept as integers.
+STORED_DTYPES = {"float32": np.dtype(np.float32), "bf16": np.dtype(np.int16)}
+
+
+class FeatureRows(NamedTuple):
+    """Which features make a batch: view and image, (B,), int64 each, on the CPU."""
+
+    views: Tensor
+    images: Tensor
+
+
+class FeatureLoader:
+    """Epochs of (features, labels) batches, in the order that an `ImageLoader` has.
+
+    Arguments:
+        features: (V, M, ...), as :data:`STORED_DTYPES` has them; a memory map.
+        labels: (M,), int64.
+        kept_as: name of the dtype that they are kept in.
+        dtype: of the batches.
+        batch_size: B.
+        device: where the batches go.
+        shuffle: a new order each epoch, or the source's own.
+        seed: of order and views.
+        balance: with ``shuffle``, an epoch shows every class equally often.
+    """
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        labels: Tensor,
+        *,
+        kept_as: str,
+        dtype: torch.dtype,
+        batch_size: int,
+        device: torch.device,
+        shuffle: bool = False,
+        seed: int = 0,
+        balance: bool = False,
+    ) -> None:
+        assert features.shape[1] == len(labels)
+        self.features = features
+        self.labels = labels.to(device)
+        self.device = device
+        self.shuffle = shuffle
+        self.seed = seed
+        self.balance = balance
+        self._kept_as = kept_as
+        self._dtype = dtype
+        self._ends = batch_ends(len(labels), batch_size, shuffle=shuffle)
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self._ends)
+
+    @property
+    def num_images(self) -> int:
+        """Images an epoch."""
+        return self._ends[-1]
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch: features (B, ...), labels (B,)."""
+        for rows, labels in self.crops(epoch, start):
+            yield self.images(rows), labels
+
+    def crops(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[FeatureRows, Tensor]]:
+        """The batches of an epoch, before :meth:`images` reads them.
+
+        Arguments:
+            epoch: chooses order and views, from 0.
+            start: first batch to yield.
+        """
+        generator = epoch_generator(self.seed, epoch)
+        order = epoch_order(self.labels, generator, shuffle=self.shuffle, balance=self.balance)
+        views = torch.randint(len(self.features), (len(order),), generator=generator)
+        for a, b in list(pairwise([0, *self._ends]))[start:]:
+            index = order[a:b]
+            yield FeatureRows(views[a:b], index), self.labels[index.to(self.device)]
+
+    def images(self, rows: FeatureRows) -> Tensor:
+        """A batch's features, (B, ...)."""
+        read = torch.from_numpy(np.array(self.features[rows.views.numpy(), rows.images.numpy()]))
+        return read.view(FEATURE_DTYPES[self._kept_as]).to(self.device, self._dtype)
