@@ -44,9 +44,9 @@ from locallearn.engine.optimizers import (
     optimizer_factory,
     set_mode,
 )
+from locallearn.engine.pooling import pooled
 from locallearn.engine.procedures import LocalUpdates, logits_of
 from locallearn.engine.processes import check_one_process
-from locallearn.engine.pooling import pooled
 from locallearn.engine.statistics import BATCH_STATISTICS_FROM, RunningStatistics
 from locallearn.engine.units import BlockUnit, UnitSignal
 from locallearn.errors import UserError

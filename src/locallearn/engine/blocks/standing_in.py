@@ -57,9 +57,7 @@ def bound_forward(module: nn.Module) -> Callable[..., Any]:
     return functools.partial(_run_observed, module, forward)  # which can be copied, as no closure
 
 
-def _run_observed(
-    module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+def _run_observed(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     observer = observer_of(module)
     if observer is not None:
         observer(*args, **kwargs)
