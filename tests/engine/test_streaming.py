@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -501,3 +502,11 @@ def test_memory_is_flat(side: str) -> None:
     assert all(len(set(values[1:])) == 1 for values in held.values()), held
     objects = record["num_objects"]
     assert max(objects[1:]) - min(objects[1:]) < 50, objects
+
+
+def test_the_code_of_the_guide_runs() -> None:
+    text = (ROOT / "docs" / "streaming.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["num_right"] > 10  # of one label alone
