@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # How much less than by default, and what of it is still reached.
 SHORT = {
+    "camera_stream": ({"num_frames": 60}, 0.0),
     "lightning_trainer": ({"epochs": 2}, 50.0),
     "own_loop": ({"epochs": 3}, 50.0),
     "own_rule": ({"epochs": 2}, 30.0),

@@ -695,9 +695,7 @@ class LocalLearner(nn.Module):
             self._frozen_in_slices(),
             self._autocast(self._device.type),
         ):
-            return found.predict(
-                self._arrange(images), exit_threshold, self.exit_temperatures
-            )
+            return found.predict(self._arrange(images), exit_threshold, self.exit_temperatures)
 
     # -- training -------------------------------------------------------------------------------
 

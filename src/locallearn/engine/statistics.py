@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,9 @@ class RunningStatistics:
         horizons = [max(_horizon(norm), float(least)) for norm in self._norms]
         # Images that the statistics rest on, at most the horizon. On the device, so that a step
         # can be captured in a graph.
-        self._counts = torch.zeros(len(means), device=device)
-        self._horizons = torch.tensor(horizons, device=device)
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self._counts = torch.zeros(len(means), dtype=dtype, device=device)
+        self._horizons = torch.tensor(horizons, dtype=dtype, device=device)
         # The tensor of each layer's mean, and its version, as this left them: another is another's
         # doing, as that of a state which was loaded.
         self._known: list[tuple[Tensor | None, int]] = [(None, -1)] * len(self._norms)
@@ -95,7 +96,7 @@ class RunningStatistics:
         active = [number for number, norm in enumerate(self._norms) if norm.training]
         norms = [self._norms[number] for number in active]
         observers = [functools.partial(self._observe, number) for number in active]
-        watched = dict(zip(norms, observers, strict=True))
+        watched: dict[nn.Module, Callable[..., None]] = dict(zip(norms, observers, strict=True))
         for norm in norms:
             norm.training = False
         try:
@@ -126,8 +127,8 @@ class RunningStatistics:
             batch_mean = batch_mean + bias
         delta = batch_mean - mean
         pooled = torch.addcmul(batch_var, delta, delta * (1 - momentum))
-        var.lerp_(pooled, momentum)
-        mean.lerp_(batch_mean, momentum)
+        var.add_(momentum * (pooled - var))
+        mean.add_(momentum * delta)
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
 

@@ -155,14 +155,14 @@ class ClosedFormUnit(GenericUnit):
             output, stats, moments = self._forward(z)
             with self._aside(x, weight, z, *stats, *moments):
                 head = self._learn(moments, labels)
-                learns_bias = (
-                    self._is_constant and layer.bias is not None and layer.bias.requires_grad
-                )
+                # The batch's own statistics would take it out again.
+                bias = layer.bias if self._is_constant else None
+                learns_bias = bias is not None and bias.requires_grad
                 if layer.weight.requires_grad or learns_bias:
                     grad_z = self._grad_z(z, head, stats)
-                    if learns_bias:
+                    if bias is not None:
                         axes = [0, *range(2, grad_z.ndim)]
-                        _give(layer.bias, grad_z.sum(axes, dtype=layer.bias.dtype))
+                        _give(bias, grad_z.sum(axes, dtype=bias.dtype))
                     if layer.weight.requires_grad:
                         _give(layer.weight, grad_weight(layer, grad_z, x, weight))
                     del grad_z
