@@ -126,7 +126,7 @@ class ImageLoader:
 
 
 def batch_ends(num_images: int, batch_size: int, *, shuffle: bool) -> list[int]:
-    """Where the batches of an epoch end; without a last one of a single image, where the others have
+    """Where the batches of an epoch end. Without a last one of a single image, where others have
     more, if ``shuffle``."""
     ends = [*range(batch_size, num_images, batch_size), num_images]
     if shuffle and batch_size > 1 and num_images > 1 and num_images % batch_size == 1:
