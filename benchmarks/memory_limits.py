@@ -2,6 +2,7 @@
 
     python benchmarks/memory_limits.py [--out benchmarks/results/memory-limits-cpu.json]
         [--models NAME ...] [--limits 64MiB ...] [--family NAME ...] [--family-limit 64MiB]
+        [--family-blocks all] [--family-batch N] [--optimizer NAME]
 
 For each model and each limit: `locallearn.engine.budget.choose` picks blocks and batch size; then a
 fresh learner takes training steps at that choice on noise, and every allocation of them is counted.
@@ -9,7 +10,7 @@ Beside it what backpropagation, plain and checkpointed by block, needs for the s
 the whole network at the same batch size and optimizer (two small batches, extended linearly).
 
 Then the family, smallest first: which is the largest of it that trains at least its last block and
-its output layer within the limit.
+its output layer within the limit; or, with --family-blocks all, all of its blocks.
 
 Weights are drawn at random and images are noise: memory does not go by either. Bytes are those of
 tensors, beyond weights and buffers; no library's own scratch space. On the CPU, one thread.
@@ -55,6 +56,8 @@ def main() -> None:
     parser.add_argument("--limits", nargs="*", default=_LIMITS)
     parser.add_argument("--family", nargs="*", default=_FAMILY)
     parser.add_argument("--family-limit", default="64MiB")
+    parser.add_argument("--family-blocks")
+    parser.add_argument("--family-batch", type=int)
     parser.add_argument("--rule", default="lls-mxm")
     parser.add_argument("--optimizer", default=None)
     parser.add_argument("--image-size", type=int, default=224)
@@ -71,15 +74,16 @@ def main() -> None:
         "family_limit": given.family_limit,
         "family": [],
     }
-    for part, models, limits in (
-        ("rows", given.models, given.limits),
-        ("family", given.family, [given.family_limit]),
+    fixed = {"fixed_blocks": given.family_blocks, "fixed_batch": given.family_batch}
+    for part, models, limits, fixed_here in (
+        ("rows", given.models, given.limits, {}),
+        ("family", given.family, [given.family_limit], fixed),
     ):
         for name in models:
             network = _Network(name, given.rule, given.optimizer, given.image_size)
             for limit in limits:
                 row = {"model": name, "num_params": network.num_params, "limit": limit}
-                row |= network.measured(parse_memory(limit))
+                row |= network.measured(parse_memory(limit), **fixed_here)
                 record[part].append(row)
                 print(json.dumps(row), flush=True)
                 if given.out is not None:
@@ -101,7 +105,7 @@ class _Network:
         self._make: MakeLearner = functools.cache(self._make_fresh)
         self.num_params = sum(p.numel() for p in self._make(rule, "none").model.parameters())
 
-    def measured(self, limit_bytes: int) -> dict[str, Any]:
+    def measured(self, limit_bytes: int, **fixed: Any) -> dict[str, Any]:
         """What is chosen within a limit, what it holds, and backpropagation beside it."""
         try:
             choice = choose(
@@ -111,6 +115,7 @@ class _Network:
                 limit_bytes,
                 rule=self._rule,
                 what=self._name,
+                **fixed,
             )
         except UserError as error:
             return {"refused": str(error)}
