@@ -5,8 +5,8 @@ Half way the camera is another: contrast the other way round, a colour cast, noi
 first answered, then learned from (`StepResult.logits` are made before the update). Frames that
 follow each other are nearly the same, which is hard on any learner: one of the two LLS-MxM
 learners steps on the new frame alone, the other on it and seven that are drawn from the last
-thousand. A copy that stops learning at the change shows what the change costs. Some minutes on one
-CPU core.
+thousand. A copy that stops learning at the change shows what the change costs. About a minute on
+one CPU core.
 
     python examples/camera_stream.py [FIGURE.png]
 
@@ -138,7 +138,7 @@ def draw(curves: dict[str, list[bool]], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(num_frames: int = 6000, figure: str | None = None) -> None:
+def main(num_frames: int = 2400, figure: str | None = None) -> None:
     sides = {
         "LLS-MxM": run("lls-mxm", num_frames=num_frames, lr=0.01),
         "LLS-MxM, replay": run("lls-mxm", num_frames=num_frames, lr=0.01, replays=True),
