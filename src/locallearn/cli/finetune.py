@@ -167,8 +167,8 @@ def finetune(
     lr: Annotated[
         float | None,
         _option(
-            "Learning rate. Default: the optimizer's for fine-tuning (0.002 schedulefree-adamw, "
-            "0.5 schedulefree-sgd, 0.0005 adamw and adam, 0.01 sgd).",
+            "Learning rate. Default, with BatchNorm that has learned: 0.001 schedulefree-adamw, "
+            "0.2 schedulefree-sgd, 0.0002 adamw and adam, 0.01 sgd; else as `locallearn train`.",
             _OPTIM,
         ),
     ] = None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,10 @@ from locallearn.data.loader import batch_ends, epoch_generator, epoch_order
 
 FEATURE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 # NumPy has no bfloat16: its bits are kept as integers.
-STORED_DTYPES = {"float32": np.dtype(np.float32), "bf16": np.dtype(np.int16)}
+STORED_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bf16": np.dtype(np.int16),
+}
 
 
 class FeatureRows(NamedTuple):

@@ -31,12 +31,13 @@ MIN_EPOCHS, MAX_EPOCHS = 5, 100
 IMBALANCE = 1.5
 BALANCES = ("auto", "on", "off")
 
-# Of a network with BatchNorm that has learned already; see docs/finetune.md for what was measured.
+# Of a network with BatchNorm that has learned already. The first was measured (docs/finetune.md),
+# the others are as far below the usual ones as it is.
 LEARNING_RATES = {
-    "schedulefree-adamw": 2e-3,
-    "schedulefree-sgd": 0.5,
-    "adamw": 5e-4,
-    "adam": 5e-4,
+    "schedulefree-adamw": 1e-3,
+    "schedulefree-sgd": 0.2,
+    "adamw": 2e-4,
+    "adam": 2e-4,
     "sgd": 0.01,
 }
 

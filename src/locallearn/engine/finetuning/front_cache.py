@@ -16,6 +16,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,7 +172,7 @@ def _stored(made: Tensor, kept_as: str) -> np.ndarray:
     return array
 
 
-def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> np.ndarray:
+def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     try:
         features: np.ndarray = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
