@@ -101,7 +101,8 @@ def similarities(rows: Tensor) -> Tensor:
 
 
 def assert_exact(model: nn.Module, rule, images: Tensor, labels: Tensor, backend: str) -> None:
-    learner = LocalLearner(model, rule, optimizer=sgd, backend=backend)
+    # By the batch's own statistics, however few its images are.
+    learner = LocalLearner(model, rule, optimizer=sgd, backend=backend, batch_statistics_from=1)
     expected = definition(model, learner, images, labels)
     actual = gradients(learner, images, labels)
     assert set(actual) == set(expected)
@@ -166,7 +167,7 @@ def test_no_gradient_leaves_a_block(name: str, rule: str, backend: str) -> None:
     """What enters a block, and the images, receive no gradient; not a small one, none."""
     model = build_model(name, num_classes=3, width=1 / 8)
     learner = LocalLearner(model, rule, optimizer=sgd, backend=backend)
-    images, labels = batch(2, size=32, classes=3)
+    images, labels = batch(4, size=32, classes=3)
     images.requires_grad_()
     entered: list[Tensor] = []
 

@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from locallearn.engine import RunConfig
 from locallearn.engine.building import build_network
 from locallearn.kernels.compiled.cells import FEW_CHANNELS
+from locallearn.kernels.reference.schedulefree_step import SLICE_VALUES
 from locallearn.models import (
     Block,
     BlockNetwork,
@@ -67,7 +68,7 @@ _CONV_GRADIENT_COPIES = 3
 _NUM_MOMENTS = 4
 # Of the batch: the latents' and the labels', float32.
 _NUM_SIMILARITIES = 2
-# What the update of a weight makes on the way, in plain PyTorch.
+# What the update of a weight, or of a slice of it, makes on the way, in plain PyTorch.
 _UPDATE_COPIES = 2
 
 
@@ -381,7 +382,7 @@ def _peak_of_backprop(
         for live in _backward_of(stage, z, output, x if number else 0, saved[number]):
             peak = max(peak, before + weights + live)
         weights += 4 * stage.num_weights
-    largest = max(stage.num_weights for stage in stages)
+    largest = min(SLICE_VALUES, max(stage.num_weights for stage in stages))
     return max(peak, weights + _UPDATE_COPIES * 4 * largest)
 
 

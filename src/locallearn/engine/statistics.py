@@ -162,8 +162,10 @@ class RunningStatistics:
         ):
             mean = norm.running_mean
             if mean is not known or mean is None or mean._version != version:
-                is_fresh = _is_fresh(norm)
-                self._counts[number] = _PRIOR_IMAGES if is_fresh else self._horizons[number]
+                # On the device: a host that asked would wait.
+                self._counts[number] = torch.where(
+                    _is_fresh(norm), _PRIOR_IMAGES, self._horizons[number]
+                )
 
     def _note(self) -> None:
         self._known = [
@@ -199,8 +201,8 @@ def _horizon(norm: BatchNorm) -> float:
     return USUAL_BATCH / norm.momentum
 
 
-def _is_fresh(norm: BatchNorm) -> bool:
+def _is_fresh(norm: BatchNorm) -> Tensor:
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None
     assert var is not None
-    return bool((mean == 0).all() & (var == 1).all())
+    return (mean == 0).all() & (var == 1).all()

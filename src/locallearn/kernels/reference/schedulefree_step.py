@@ -12,16 +12,16 @@ from locallearn.kernels.interface import ScheduleFreeState
 
 # Values at a time: what the step holds for a moment then is some MiB, and not twice the largest
 # parameter.
-_SLICE = 2**18
+SLICE_VALUES = 2**18
 
 
 def _slices(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
     """The same rows of each of several tensors of one shape."""
     first = tensors[0]
-    if first.numel() <= _SLICE or first.ndim == 0:
+    if first.numel() <= SLICE_VALUES or first.ndim == 0:
         yield tensors
         return
-    rows = max(1, _SLICE * len(first) // first.numel())
+    rows = max(1, SLICE_VALUES * len(first) // first.numel())
     for start in range(0, len(first), rows):
         yield [tensor[start : start + rows] for tensor in tensors]
 
