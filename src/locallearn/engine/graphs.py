@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from locallearn.engine.learner import LocalLearner, StepResult
+from locallearn.engine.learner import LocalLearner
 from locallearn.engine.optimizers import ScheduleFreeAdamW
+from locallearn.engine.results import StepResult
 from locallearn.errors import UserError
 
 # Steps that run as they are first: libraries load, kernels compile and optimizers make their

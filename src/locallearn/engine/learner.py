@@ -18,12 +18,10 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
@@ -42,6 +40,8 @@ from locallearn.engine.blocks import (
     standing_in,
 )
 from locallearn.engine.exits import OUTPUT, Calibration, EarlyExits, Prediction, calibrate
+from locallearn.engine.memory_format import in_channels_last, to_channels_last
+from locallearn.engine.model_check import check_takes_model
 from locallearn.engine.optimizers import (
     OptimizerFactory,
     ScheduleFreeAdamW,
@@ -52,8 +52,9 @@ from locallearn.engine.pooling import pooled
 from locallearn.engine.procedures import LocalUpdates, logits_of
 from locallearn.engine.procedures.base import not_below_float32
 from locallearn.engine.processes import check_one_process
+from locallearn.engine.results import LocalStep, StepResult
 from locallearn.engine.statistics import BATCH_STATISTICS_FROM, RunningStatistics
-from locallearn.engine.units import BlockUnit, GenericUnit, UnitSignal
+from locallearn.engine.units import BlockUnit, GenericUnit
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend, missing_for
 from locallearn.rules import Backprop, Requirement, Rule, build_rule
@@ -65,48 +66,6 @@ PRECISIONS = ("fp32", "bf16")
 # Values of z for each block after which compiling has paid for itself on the CPU: it takes about
 # 4 s a block, and saves about 3 ns for each value (2 cores; benchmarks/results/).
 COMPILE_AFTER = 1_200_000_000
-
-
-@dataclass
-class StepResult:
-    """What a training step yields; nothing here has been brought to the host.
-
-    Attributes:
-        logits: of the whole network, (N, K), detached.
-        loss: cross-entropy of the logits, scalar, detached.
-        block_losses: block name -> its local loss, scalar, in the order of the forward. Empty for
-            a rule without local losses (bp, dfa, drtp, pepita).
-        block_logits: block name -> its local logits, (N, K); only blocks whose rule has logits.
-        block_num_correct: block name -> how many of these are highest at the label, scalar, int64.
-    """
-
-    logits: Tensor
-    loss: Tensor
-    block_losses: dict[str, Tensor] = field(default_factory=dict)
-    block_logits: dict[str, Tensor] = field(default_factory=dict)
-    block_num_correct: dict[str, Tensor] = field(default_factory=dict)
-
-
-class LocalStep:
-    """What the blocks say of a batch while they learn in :meth:`LocalLearner.local_step`."""
-
-    def __init__(self) -> None:
-        self.signals: dict[str, UnitSignal] = {}
-
-    @property
-    def block_losses(self) -> dict[str, Tensor]:
-        """Block name -> its local loss, scalar, in the order of the forward."""
-        return {n: s.loss for n, s in self.signals.items() if s.loss is not None}
-
-    @property
-    def block_logits(self) -> dict[str, Tensor]:
-        """Block name -> its local logits, (N, K); only blocks whose rule has logits."""
-        return {n: s.logits for n, s in self.signals.items() if s.logits is not None}
-
-    @property
-    def block_num_correct(self) -> dict[str, Tensor]:
-        """Block name -> how many of these are highest at the label, scalar, int64."""
-        return {n: s.num_correct for n, s in self.signals.items() if s.num_correct is not None}
 
 
 class LocalLearner(nn.Module):
@@ -208,7 +167,7 @@ class LocalLearner(nn.Module):
         self.precision = precision
         self.channels_last = channels_last
         if channels_last:
-            _to_channels_last(model)
+            to_channels_last(model)
         self._device = next(model.parameters(), torch.empty(0)).device
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         # Of several, the one that fewest backends take.
@@ -830,42 +789,7 @@ class LocalLearner(nn.Module):
     def _arrange(self, images: Inputs) -> Inputs:
         if not self.channels_last:
             return images
-        return tree_map_only(Tensor, _in_channels_last, images)
-
-
-def _to_channels_last(model: nn.Module) -> None:
-    """4-d weights and buffers alone: ``model.to(memory_format=...)`` refuses 5-d ones."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-
-
-def _in_channels_last(images: Tensor) -> Tensor:
-    if images.ndim != 4:
-        return images
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def check_takes_model(model: nn.Module) -> None:
-    """Raise a UserError for compiled models, lazy modules that have no weights yet, and copies on
-    several devices."""
-    if hasattr(model, "_orig_mod"):
-        raise UserError(
-            "the model is wrapped by torch.compile, whose graph passes the blocks by; give the "
-            "module from before (its `_orig_mod`), and compile=True to have blocks compiled."
-        )
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise UserError(
-                f"{name!r} has no shape yet, as its module is a lazy one: run a batch through the "
-                f"model, model(images), before you give it to a learner."
-            )
-    for module in model.modules():
-        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-            raise UserError(
-                f"nn.DataParallel runs copies of the model on {len(module.device_ids)} devices, "
-                f"where a block's updates would be lost; give the model itself (its `.module`)."
-            )
+        return tree_map_only(Tensor, in_channels_last, images)
 
 
 def is_checkpointing(rule: Rule) -> bool:

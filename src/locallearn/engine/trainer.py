@@ -45,8 +45,9 @@ from locallearn.engine.finetuning import (
     load_start,
 )
 from locallearn.engine.graphs import GraphedStep, can_be_graphed
-from locallearn.engine.learner import LocalLearner, StepResult
+from locallearn.engine.learner import LocalLearner
 from locallearn.engine.optimizers import build_schedule
+from locallearn.engine.results import StepResult
 from locallearn.engine.run import (
     NETWORK_COLUMNS,
     Row,
