@@ -329,7 +329,7 @@ BAD_INPUT = [
     (["train", "--dataset", "folder"], r"needs --data-dir"),
     (["train", "--dataset", "folder", "--data-dir", "nowhere"], r"nowhere does not exist"),
     (["train", "--dataset", "folder", "--data-dir", "."], r"holds no class folders"),
-    (["train", "--batch-size", "0"], r"--batch-size must be at least 2, got 0"),
+    (["train", "--batch-size", "0"], r"--batch-size must be at least 1, got 0"),
     (["train", "--epochs", "-1"], r"--epochs must be at least 1, got -1"),
     (["train", "--epochs", "many"], r"--epochs.*See `locallearn train --help`"),
     (["train", "--speed", "11"], r"--speed.*See `locallearn train --help`"),

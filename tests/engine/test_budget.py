@@ -256,6 +256,7 @@ def test_refusals_tell_what_would_fit(fixed: dict[str, Any], what: str) -> None:
         refused(int((float(least) - 0.06) * MIB))
 
 
+@pytest.mark.usefixtures("one_thread")  # each has scratch of its own
 @pytest.mark.parametrize("model", [smallconv, resnet])
 def test_backpropagations_needs_are_extended_to_what_they_are(model: Any) -> None:
     make = maker(model)
@@ -375,7 +376,7 @@ def test_a_sliced_schedule_free_step_is_the_same(
 ) -> None:
     results = []
     for size in (2**18, 4):
-        monkeypatch.setattr(schedulefree_module, "_SLICE", size)
+        monkeypatch.setattr(schedulefree_module, "SLICE_VALUES", size)
         torch.manual_seed(0)
         parameter = nn.Parameter(torch.randn(shape))
         if len(shape) == 4:

@@ -249,7 +249,7 @@ def test_a_frozen_batch_norm_normalises_by_its_running_statistics(backend: str) 
 @pytest.mark.parametrize("backend", ["autograd", "reference"])
 def test_one_value_for_each_channel_is_refused(backend: str) -> None:
     model = nn.Sequential(nn.Flatten(), LinearBlock(12, 8, latent_size=8), nn.Linear(8, 4))
-    learner = LocalLearner(model, "lls", num_classes=4, backend=backend)
+    learner = LocalLearner(model, "lls", num_classes=4, backend=backend, batch_statistics_from=1)
     with pytest.raises(ValueError, match=r"[Ee]xpected more than 1 value|no variance; a batch of"):
         learner.step(torch.randn(1, 3, 2, 2), torch.tensor([1]))
 

@@ -553,9 +553,10 @@ def test_evaluation_weights_and_statistics_come_by_themselves(tmp_path: Path, mo
         recalibrate(self, batches)
 
     def watch_evaluate(infer, loader, num_classes):
-        modes = {o.param_groups[0]["train_mode"] for o in infer.optimizers.values()}
+        learner = infer.__self__.learner
+        modes = {o.param_groups[0]["train_mode"] for o in learner.optimizers.values()}
         assert modes == {False}
-        assert not infer.model.training
+        assert not learner.model.training
         seen.append("evaluate")
         return real(infer, loader, num_classes)
 

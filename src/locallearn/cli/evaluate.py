@@ -80,6 +80,7 @@ def evaluate(
 
     from locallearn.engine import choose_device
     from locallearn.engine import evaluate as evaluate_on
+    from locallearn.engine.allocator import keep_freed_memory
     from locallearn.engine.building import evaluation_loader, recalibrate, training_loader
     from locallearn.engine.config import model_name
     from locallearn.engine.files import check_target, write_atomically, write_json
@@ -95,6 +96,7 @@ def evaluate(
         raise UserError("--early-exit looks at the test images; leave out --split.")
     if not early_exit and (exit_threshold is not None or exits is not None):
         raise UserError("--exit-threshold and --exits are for --early-exit.")
+    keep_freed_memory()
     place = torch.device(choose_device(device))
     trained = load_run(run)
     dataset = load_run_data(trained, data_dir, cache)

@@ -69,6 +69,7 @@ class RunningStatistics:
         # The tensor of each layer's mean, and its version, as this left them: another is another's
         # doing, as that of a state which was loaded.
         self._known: list[tuple[Tensor | None, int]] = [(None, -1)] * len(self._norms)
+        self._loaded: list[Tensor] = []  # means of a state that was loaded, until the next step
         self._batch = 1  # N, of the step that runs
         self._momenta: tuple[Tensor, ...] = ()
         self._seen: set[int] = set()  # numbers of the layers that have run in it
@@ -85,6 +86,7 @@ class RunningStatistics:
             yield
             return
         self._look_for_others()
+        self._loaded = []
         if num_images >= self.least:
             yield
             torch.minimum(self._counts.add_(num_images), self._horizons, out=self._counts)
@@ -163,9 +165,12 @@ class RunningStatistics:
             mean = norm.running_mean
             if mean is not known or mean is None or mean._version != version:
                 # On the device: a host that asked would wait.
-                self._counts[number] = torch.where(
-                    _is_fresh(norm), _PRIOR_IMAGES, self._horizons[number]
-                )
+                count = torch.where(_is_fresh(norm), _PRIOR_IMAGES, self._horizons[number])
+                if self._loaded and mean is not None:
+                    # Loaded once more, as Lightning does, they are still those of the state.
+                    is_same = (mean == self._loaded[number]).all()
+                    count = torch.where(is_same, self._counts[number], count)
+                self._counts[number] = count
 
     def _note(self) -> None:
         self._known = [
@@ -191,6 +196,8 @@ class RunningStatistics:
         if state["counts"].shape != self._counts.shape:
             raise ValueError("the state is of a model with other BatchNorms")
         self._counts.copy_(state["counts"])
+        means = (norm.running_mean for norm in self._norms)
+        self._loaded = [mean.clone() for mean in means if mean is not None]
         self._note()
 
 

@@ -101,7 +101,7 @@ def choose(
     ``largest_batch`` that fits. The evaluation batch is the largest power of two, up to the same,
     whose inference fits beside the optimizers' state.
 
-    What a choice needs is predicted from steps of 2 and 3 images (`probing`), so that the search
+    What a choice needs is predicted from steps of 3 and 4 images (`probing`), so that the search
     holds little; then the choice itself is measured, and where that is more than the limit, the
     batch is halved, or a block given up, until it is not.
 

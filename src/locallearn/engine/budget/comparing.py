@@ -18,7 +18,7 @@ _LARGEST_POWER = 10
 
 @dataclass(frozen=True)
 class Need:
-    """What a form of backpropagation needs, in bytes, extended from steps of 2 and 3 images.
+    """What a form of backpropagation needs, in bytes, extended from steps of 3 and 4 images.
 
     Attributes:
         rule: which form.
@@ -70,7 +70,7 @@ def compare(
     trained_blocks: str,
     device: torch.device | str = "cpu",
 ) -> Comparison:
-    """Measure backpropagation on 2 and 3 images, and extend every moment of its two steps linearly.
+    """Measure backpropagation on 3 and 4 images, and extend every moment of its two steps linearly.
 
     Activations are as large as the batch, gradients and state of a size of their own. It holds what
     backpropagation needs for 3 images, which may be more than the limit.
