@@ -559,6 +559,11 @@ class LocalLearner(nn.Module):
         self.build(images)
         if self._exits is None or (names is not None and (*names, OUTPUT) != self._exits.names):
             units = [unit for unit in self._units if isinstance(unit, GenericUnit)]
+            if self.frozen_names and not units:
+                raise UserError(
+                    "every block is frozen, and so none has a head that has learned to classify, "
+                    "at which an image could leave. Train some (trained_blocks)."
+                )
             if not any(unit.has_loss for unit in units):
                 raise UserError(
                     f"rule {self.rule.name!r} has no local losses, and so no block that classifies "

@@ -248,6 +248,23 @@ def test_rules_without_local_logits_have_no_exits(rule: str) -> None:
     torch.testing.assert_close(whole.probabilities, learner(images).softmax(dim=1))
 
 
+def test_frozen_blocks_are_no_exits() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(3, 3, 16, 16)
+    learners = []
+    for trained in ("none", "conv3"):
+        network = build_model("smallconv", num_classes=4, in_channels=3, image_size=(16, 16))
+        learners.append(
+            LocalLearner(
+                network, num_classes=4, trained_blocks=trained, example_input=images, rule="lls-m"
+            )
+        )
+    with pytest.raises(UserError, match="every block is frozen"):
+        learners[0].predict(images, exit_threshold=0.5)
+    assert learners[1].early_exits(images).names == ("conv3", OUTPUT)
+    check_prediction(learners[1], images, middle_threshold(learners[1], images))
+
+
 def test_sim_has_losses_but_no_logits() -> None:
     from locallearn import build_rule
 
