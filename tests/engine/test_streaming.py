@@ -510,3 +510,19 @@ def test_the_code_of_the_guide_runs() -> None:
     names: dict[str, Any] = {}
     exec(code, names)
     assert names["num_right"] > 10  # of one label alone
+
+
+def test_a_small_last_batch_leaves_the_others_to_be_re_estimated_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    learner = build(optimizer="schedulefree-adamw")
+    monkeypatch.setattr(
+        LocalLearner,
+        "recalibrate",
+        lambda self, batches: seen.extend(len(images) for images in batches),
+    )
+    learner.step(*batch(16))
+    learner.step(*batch(2))
+    learner(batch(4)[0])
+    assert seen == [16]

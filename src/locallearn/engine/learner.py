@@ -773,9 +773,10 @@ class LocalLearner(nn.Module):
 
     def _end_step(self, images: Inputs) -> None:
         self._consider_compiling()
-        # Small batches are trained on by the running statistics, which are then the right ones.
-        self._is_stale = self._has_two_points and num_inputs(images) >= self._statistics.least
-        if self._is_stale:
+        # Small batches are trained on by the running statistics, which are then the right ones; one
+        # at the end of an epoch of others changes nothing of what these have left.
+        if self._has_two_points and num_inputs(images) >= self._statistics.least:
+            self._is_stale = True
             self._recent.append(tree_map_only(Tensor, Tensor.detach, images))
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
