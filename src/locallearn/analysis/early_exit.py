@@ -130,11 +130,12 @@ def curve(
         temperatures: exit name -> what its logits are divided by.
         macs: exit name -> of an image that leaves there.
     """
-    sure = _confidences(logits, temperatures)
+    answers = _Answers.of(logits, temperatures)
+    sure = answers.confidences
     inner = torch.linspace(0, 1, _NUM_THRESHOLDS)
     among = torch.quantile(sure[:-1].flatten()[:: max(1, sure[:-1].numel() // 100_000)], inner)
     thresholds = [0.0, *sorted(set(among.tolist())), NO_EXIT]
-    return [at_threshold(logits, temperatures, macs, threshold) for threshold in thresholds]
+    return [answers.at(threshold, macs) for threshold in thresholds]
 
 
 def at_threshold(
@@ -144,37 +145,54 @@ def at_threshold(
     threshold: float,
 ) -> CurvePoint:
     """The point of the curve at one threshold; arguments as of :func:`curve`."""
-    sure = _confidences(logits, temperatures)
-    leaves = sure >= threshold
-    leaves[-1] = True
-    exits = leaves.int().argmax(dim=0)
-    answers = torch.stack([logits.logits[name].argmax(dim=1) for name in logits.names])
-    right = answers.gather(0, exits[None])[0] == logits.labels
-    num = len(logits.labels)
-    counts = torch.bincount(exits, minlength=len(logits.names))
-    num_right = torch.bincount(exits[right], minlength=len(logits.names))
-    costs = torch.tensor([macs[name] for name in logits.names], dtype=torch.float64)
-    return CurvePoint(
-        threshold,
-        accuracy=100 * int(right.sum()) / num,
-        num_macs=float((counts * costs).sum()) / num,
-        shares=tuple((counts / num).tolist()),
-        accuracies=tuple(
-            100 * r / n if n else None
-            for r, n in zip(num_right.tolist(), counts.tolist(), strict=True)
-        ),
-    )
+    return _Answers.of(logits, temperatures).at(threshold, macs)
 
 
-def _confidences(logits: ExitLogits, temperatures: Mapping[str, float]) -> Tensor:
-    """(E, N): the highest probability at each exit, to the bit what inference computes, as one that
-    is 1 in float32 may be less in float64."""
-    return torch.stack(
-        [
-            (logits.logits[name].float() / temperatures.get(name, 1.0)).softmax(dim=1).amax(dim=1)
-            for name in logits.names
-        ]
-    )
+@dataclass(frozen=True)
+class _Answers:
+    """What each exit says of each image.
+
+    Attributes:
+        names: of the exits.
+        confidences: (E, N): the highest probability at each exit, to the bit what inference
+            computes, as one that is 1 in float32 may be less in float64.
+        are_right: (E, N), bool.
+    """
+
+    names: tuple[str, ...]
+    confidences: Tensor
+    are_right: Tensor
+
+    @classmethod
+    def of(cls, logits: ExitLogits, temperatures: Mapping[str, float]) -> _Answers:
+        confidences, are_right = [], []
+        for name in logits.names:
+            of_exit = logits.logits[name]
+            probabilities = (of_exit.float() / temperatures.get(name, 1.0)).softmax(dim=1)
+            confidences.append(probabilities.amax(dim=1))
+            are_right.append(of_exit.argmax(dim=1) == logits.labels)
+        return cls(logits.names, torch.stack(confidences), torch.stack(are_right))
+
+    def at(self, threshold: float, macs: Mapping[str, int]) -> CurvePoint:
+        """Where each image leaves at a threshold, and what that comes to."""
+        leaves = self.confidences >= threshold
+        leaves[-1] = True
+        exits = leaves.int().argmax(dim=0)
+        right = self.are_right.gather(0, exits[None])[0]
+        num = len(exits)
+        counts = torch.bincount(exits, minlength=len(self.names))
+        num_right = torch.bincount(exits[right], minlength=len(self.names))
+        costs = torch.tensor([macs[name] for name in self.names], dtype=torch.float64)
+        return CurvePoint(
+            threshold,
+            accuracy=100 * int(right.sum()) / num,
+            num_macs=float((counts * costs).sum()) / num,
+            shares=tuple((counts / num).tolist()),
+            accuracies=tuple(
+                100 * r / n if n else None
+                for r, n in zip(num_right.tolist(), counts.tolist(), strict=True)
+            ),
+        )
 
 
 def cheapest_within(points: Sequence[CurvePoint], accuracy: float, max_drop: float) -> CurvePoint:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from locallearn.data import InputSpec
 from locallearn.engine.building import changed_file
+from locallearn.engine.config import rule_option_names
 from locallearn.engine.run import RunDirectory
 from locallearn.engine.weights import load_trained
 from locallearn.errors import UserError
@@ -23,22 +24,7 @@ from locallearn.models.sources.published import load_published, usual_view
 
 # Of a run, what its weights make sense with.
 _OF_THE_MODEL = ("model", "blocks", "activation", "norm", "width", "dropout")
-_OF_THE_RULE = (
-    "rule",
-    "basis",
-    "setting",
-    "temperature",
-    "label_smoothing",
-    "num_waves",
-    "m_start",
-    "similarity",
-    "local_loss",
-    "update_order",
-    "feedback_scale",
-    "bp_memory",
-    "group_blocks",
-    "head_after_pool",
-)
+_OF_THE_RULE = ("rule", *rule_option_names(), "group_blocks", "head_after_pool")
 _PACKAGE_RULE = "lls-mxm"
 _FORMS = (
     "a run directory, its checkpoint.pt or model.safetensors, or torchvision:NAME[@WEIGHTS] or "
