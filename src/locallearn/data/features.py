@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from locallearn.data.loader import batch_ends, epoch_generator, epoch_order
+from locallearn.data.loader import EpochLoader, batch_ends, epoch_generator, epoch_order
 
 FEATURE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 # NumPy has no bfloat16: its bits are kept as integers.
@@ -30,7 +30,7 @@ class FeatureRows(NamedTuple):
     images: Tensor
 
 
-class FeatureLoader:
+class FeatureLoader(EpochLoader[FeatureRows]):
     """Epochs of (features, labels) batches, in the order that an `ImageLoader` has.
 
     Arguments:
@@ -59,6 +59,7 @@ class FeatureLoader:
         balance: bool = False,
     ) -> None:
         assert features.shape[1] == len(labels)
+        super().__init__(batch_ends(len(labels), batch_size, shuffle=shuffle))
         self.features = features
         self.labels = labels.to(device)
         self.device = device
@@ -67,21 +68,6 @@ class FeatureLoader:
         self.balance = balance
         self._kept_as = kept_as
         self._dtype = dtype
-        self._ends = batch_ends(len(labels), batch_size, shuffle=shuffle)
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return len(self._ends)
-
-    @property
-    def num_images(self) -> int:
-        """Images an epoch."""
-        return self._ends[-1]
-
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch: features (B, ...), labels (B,)."""
-        for rows, labels in self.crops(epoch, start):
-            yield self.images(rows), labels
 
     def crops(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[FeatureRows, Tensor]]:
         """The batches of an epoch, before :meth:`images` reads them.
@@ -97,7 +83,7 @@ class FeatureLoader:
             index = order[a:b]
             yield FeatureRows(views[a:b], index), self.labels[index.to(self.device)]
 
-    def images(self, rows: FeatureRows) -> Tensor:
+    def images(self, crops: FeatureRows) -> Tensor:
         """A batch's features, (B, ...)."""
-        read = torch.from_numpy(np.array(self.features[rows.views.numpy(), rows.images.numpy()]))
+        read = torch.from_numpy(np.array(self.features[crops.views.numpy(), crops.images.numpy()]))
         return read.view(FEATURE_DTYPES[self._kept_as]).to(self.device, self._dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -26,8 +27,46 @@ from locallearn.data.reading import (
 from locallearn.errors import UserError
 from locallearn.kernels import Crops, load_kernels
 
+Chosen = TypeVar("Chosen")
+"""What tells which of a source make a batch."""
 
-class ImageLoader:
+
+class EpochLoader(Generic[Chosen]):
+    """What loaders share: epochs of batches, of which first is chosen what is in them.
+
+    Subclasses write :meth:`crops` and :meth:`images`.
+
+    Arguments:
+        ends: where the batches of an epoch end.
+    """
+
+    def __init__(self, ends: list[int]) -> None:
+        self._ends = ends
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self._ends)
+
+    @property
+    def num_images(self) -> int:
+        """Images an epoch."""
+        return self._ends[-1]
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch: as :meth:`images` makes them; labels (B,)."""
+        for crops, labels in self.crops(epoch, start):
+            yield self.images(crops), labels
+
+    def crops(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Chosen, Tensor]]:
+        """What is in the batches of an epoch, from batch ``start`` on; labels (B,)."""
+        raise NotImplementedError
+
+    def images(self, crops: Chosen) -> Tensor:
+        """A batch."""
+        raise NotImplementedError
+
+
+class ImageLoader(EpochLoader[Crops]):
     """Epochs of (images, labels) batches.
 
     The order and the augmentation of an epoch follow from (seed, epoch) alone, so any epoch can
@@ -59,6 +98,7 @@ class ImageLoader:
         balance: bool = False,
         backend: str = "reference",
     ) -> None:
+        super().__init__(batch_ends(len(source), batch_size, shuffle=shuffle))
         if isinstance(source, MemoryImages):
             smallest = int(source.heights.min()), int(source.widths.min())
             padded = [side + 2 * augmentation.pad for side in smallest]
@@ -76,21 +116,6 @@ class ImageLoader:
         self._recipe = augmentation
         self._mean = torch.tensor(inputs.mean, device=device)
         self._std = torch.tensor(inputs.std, device=device)
-        self._ends = batch_ends(len(source), batch_size, shuffle=shuffle)
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return len(self._ends)
-
-    @property
-    def num_images(self) -> int:
-        """Images an epoch."""
-        return self._ends[-1]
-
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch: images, float32 (B, C, H, W) channels-last; labels (B,)."""
-        for crops, labels in self.crops(epoch, start):
-            yield self.images(crops), labels
 
     def crops(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Crops, Tensor]]:
         """The batches of an epoch, before :meth:`images` makes them.
