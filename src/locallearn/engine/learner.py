@@ -251,6 +251,11 @@ class LocalLearner(nn.Module):
         return [unit.name for unit in self._units if unit.has_loss]
 
     @property
+    def is_local(self) -> bool:
+        """Whether each block learns as soon as it has run, from its own output and the label."""
+        return isinstance(self._parts.procedure, LocalUpdates)
+
+    @property
     def can_be_graphed(self) -> bool:
         """Whether a step launches the same each time, with no number read on the host.
 
@@ -531,9 +536,14 @@ class LocalLearner(nn.Module):
     @torch.no_grad()
     def infer(self, images: Inputs) -> Tensor:
         """Logits (N, K), float32, in the modes that the modules are in, which stay so."""
+        return not_below_float32(logits_of(self.run(images)))
+
+    @torch.no_grad()
+    def run(self, images: Inputs) -> Any:
+        """What the model yields, in the modes that the modules are in."""
         images = self._arrange(images)
         with self._frozen_in_slices(), self._autocast(self._device.type):
-            return not_below_float32(logits_of(call_model(self.model, images)))
+            return call_model(self.model, images)
 
     def _before_inference(self) -> None:
         """In evaluation mode, and BatchNorm's statistics with it."""

@@ -2,9 +2,9 @@
 
 `policy` finds the blocks of an unknown model, `choosing` those that a user names; `planning` joins
 both with what `wiring` sees: which parameters learn with which block. `freezing` says what stays as
-it is where only some blocks learn. `cutting` enters a model at one of its modules. `layout` says how outputs lie, `recognition` which blocks the
-closed form covers. All of them read a model, from a forward watched by `trace`, and leave it as it
-is.
+it is where only some blocks learn. `cutting` enters a model at one of its modules. `layout` says
+how outputs lie, `recognition` which blocks the closed form covers. All of them read a model, from a
+forward watched by `trace`, and leave it as it is.
 """
 
 from locallearn.engine.blocks.chain import Chain, forwards_through, modules_of
@@ -67,8 +67,8 @@ __all__ = [
     "choose",
     "cut_at_head",
     "evaluating",
-    "find_cut",
     "few",
+    "find_cut",
     "forwards_through",
     "freeze",
     "learn_all",

@@ -96,9 +96,7 @@ def find_front(learner: LocalLearner, images: Tensor) -> FrozenFront:
     try:
         cut = find_cut(learner.model, learns, images, learner.infer)
     except LookupError as error:
-        raise UserError(
-            "--cache: nothing in the model's forward learns; leave it out."
-        ) from error
+        raise UserError("--cache: nothing in the model's forward learns; leave it out.") from error
     except CannotCut as why:
         raise _unfit(learner, met[0], str(why)) from why
     if not cut.num_passed:
