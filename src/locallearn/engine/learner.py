@@ -14,6 +14,7 @@ network) have other steps: see `procedures`. Outside a step the model is an ordi
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 from collections import deque
@@ -508,6 +509,21 @@ class LocalLearner(nn.Module):
         self.state_number += 1
         super().train(state["training"])  # the modules alone: the optimizers' mode was loaded
         self._keep_frozen()
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """Within: steps on trial. Afterwards all is as it was before them: what
+        :meth:`training_state` holds, the batches held on to, and torch's random numbers."""
+        state = copy.deepcopy(self.training_state())
+        recent, is_stale = list(self._recent), self._is_stale
+        try:
+            with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+                yield
+        finally:
+            self.load_training_state(state)
+            self._recent.clear()
+            self._recent.extend(recent)
+            self._is_stale = is_stale
 
     def _restore_backend(self, backend: str) -> None:
         """Go on with what the state was made with, where that can run here."""
