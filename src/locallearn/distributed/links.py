@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,6 +196,11 @@ class Inbox:
             self._ask_values(self._expected, format.num_values(following), format.dtype)
         # The very strides, which say how a layer computes it.
         return values.as_strided(format.shape, format.stride)
+
+    def sequence(self) -> Iterator[Tensor]:
+        """All that comes until the sender ends it."""
+        while (tensor := self.take()) is not None:
+            yield tensor
 
     def _ask(self) -> _Expected:
         header = torch.empty(_HEADER_LENGTH, dtype=torch.int64)
