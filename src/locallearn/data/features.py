@@ -69,6 +69,10 @@ class FeatureLoader(EpochLoader[FeatureRows]):
         self._kept_as = kept_as
         self._dtype = dtype
 
+    def batch_labels(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
+        for _, labels in self.crops(epoch, start):  # which reads no feature
+            yield labels
+
     def crops(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[FeatureRows, Tensor]]:
         """The batches of an epoch, before :meth:`images` reads them.
 

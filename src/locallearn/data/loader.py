@@ -38,7 +38,12 @@ class EpochLoader(Generic[Chosen]):
 
     Arguments:
         ends: where the batches of an epoch end.
+
+    Attributes:
+        device: where the batches are made.
     """
+
+    device: torch.device
 
     def __init__(self, ends: list[int]) -> None:
         self._ends = ends
@@ -59,6 +64,10 @@ class EpochLoader(Generic[Chosen]):
 
     def crops(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Chosen, Tensor]]:
         """What is in the batches of an epoch, from batch ``start`` on; labels (B,)."""
+        raise NotImplementedError
+
+    def batch_labels(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
+        """The labels (B,) of an epoch's batches alone; no image is looked at."""
         raise NotImplementedError
 
     def images(self, crops: Chosen) -> Tensor:
@@ -131,18 +140,26 @@ class ImageLoader(EpochLoader[Crops]):
             UserError: an image file that can't be read.
         """
         generator = epoch_generator(self.seed, epoch)
-        num = len(self.source)
-        labels = self.source.labels
-        order = epoch_order(labels, generator, shuffle=self.shuffle, balance=self.balance)
-        draws = draw_epoch(self._recipe, num, self._size, generator).to(self.device)
-        order = order.to(self.device)
-
-        bounds = [0, *self._ends]
-        parts = [slice(a, b) for a, b in pairwise(bounds)][start:]
-        indices, batch_draws = [order[part] for part in parts], [draws[part] for part in parts]
+        indices = self._indices(generator, start)
+        draws = draw_epoch(self._recipe, len(self.source), self._size, generator).to(self.device)
+        batch_draws = [draws[part] for part in self._parts(start)]
         crops = self.source.batches(indices, batch_draws, self._size, self._recipe)
         for index, batch in zip(indices, crops, strict=True):
-            yield batch, labels[index]
+            yield batch, self.source.labels[index]
+
+    def batch_labels(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
+        for index in self._indices(epoch_generator(self.seed, epoch), start):
+            yield self.source.labels[index]
+
+    def _indices(self, generator: torch.Generator, start: int) -> list[Tensor]:
+        """Which images the batches of an epoch hold, from batch ``start`` on."""
+        labels = self.source.labels
+        order = epoch_order(labels, generator, shuffle=self.shuffle, balance=self.balance)
+        order = order.to(self.device)
+        return [order[part] for part in self._parts(start)]
+
+    def _parts(self, start: int) -> list[slice]:
+        return [slice(a, b) for a, b in pairwise([0, *self._ends])][start:]
 
     def images(self, crops: Crops) -> Tensor:
         """A batch's images, float32 (B, C, H, W) in channels-last memory."""

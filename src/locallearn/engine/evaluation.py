@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from locallearn.data import ImageLoader
-from locallearn.data.features import FeatureLoader
+from locallearn.data.loader import EpochLoader
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    infer: Callable[[Tensor], Tensor], loader: ImageLoader | FeatureLoader, num_classes: int
+    infer: Callable[[Tensor], Tensor], loader: EpochLoader[Any], num_classes: int
 ) -> Evaluation:
     """Run ``infer``, from images to logits (N, K), over an epoch of ``loader``."""
     pairs = torch.zeros(num_classes**2, dtype=torch.int64, device=loader.device)
