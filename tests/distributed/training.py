@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tests.distributed.processes import in_processes
+
 from locallearn.distributed.parallelism import Parallelism
 from locallearn.distributed.processes import joined
 from locallearn.distributed.team import ProcessTeam
 from locallearn.engine import Interrupted, TrainConfig, Trainer
-from tests.distributed.processes import in_processes
 
 
 class Silence:

@@ -29,9 +29,8 @@ from types import TracebackType
 from typing import Self
 
 import torch
-import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-from locallearn.distributed.processes import Processes
 from locallearn.engine.trainer import Interrupted
 from locallearn.errors import Silent, UserError
 
@@ -250,11 +249,13 @@ class _Main:
 class Pulse:
     """This process's signs of life, and its look at the others'.
 
-    Within ``with``, which begins once all have given a sign, it beats. An error that leaves the
-    ``with`` is this rank's last word: the others end, and say it.
+    Within ``with``, which begins once all have given a sign, it beats. Where the ``with`` is left
+    without an error, it first waits for the others to come so far.
 
     Arguments:
-        processes: all of them.
+        store: that all reach.
+        rank: of this process.
+        names: of all ranks, for messages.
         dead_after: seconds without a sign of life after which a rank is taken for dead.
         hang_after: seconds that a rank may compute without a word.
 
@@ -268,28 +269,28 @@ class Pulse:
 
     def __init__(
         self,
-        processes: Processes,
+        store: Store,
+        rank: int,
+        names: Sequence[str],
         *,
         dead_after: float = DEAD_AFTER_SECONDS,
         hang_after: float = HANG_AFTER_SECONDS,
     ) -> None:
         self.remedy = ""
-        self._rank = processes.rank
+        self._rank = rank
         self._dead_after = dead_after
-        self._names = [place(processes, rank) for rank in range(processes.num)]
-        self._watch = Watch(self._rank, self._names, dead_after, hang_after)
-        # A connection of its own: an exchange that waits on the other one holds its lock. The
-        # count of restarts, since torchrun may keep the store of the processes that were lost.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"pulse/{attempt}", processes.store.clone())
+        self._names = names
+        self._watch = Watch(rank, names, dead_after, hang_after)
+        # A connection of its own: an exchange that waits on the other one holds its lock.
+        self._store = PrefixStore("pulse", store.clone())
         self._store.set_timeout(timedelta(seconds=dead_after))
-        self._keys = [f"beat/{rank}" for rank in range(processes.num)]
+        self._keys = [f"beat/{rank}" for rank in range(len(names))]
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._main = _Main()
         self._host = socket.gethostname()
         self._parent = os.getppid()
-        self._own = Beat(self._rank, 0, self._host, os.getpid(), _born(os.getpid()) or 0)
+        self._own = Beat(rank, 0, self._host, os.getpid(), _born(os.getpid()) or 0)
         self._beats: dict[int, Beat] = {}
         self._loads: deque[tuple[float, float]] = deque(maxlen=_LOAD_BEATS + 1)
         self._neighbours: dict[int, tuple[int, int]] = {}  # ranks on this machine: pid, born
@@ -298,8 +299,9 @@ class Pulse:
         self._verdict: Finding | None = None
         self._is_said = True  # by another than this process
         self._wake = threading.Event()
-        self._met = threading.Event()
+        self._met = threading.Event()  # all have given a sign
         self._judged = threading.Event()
+        self._parted = threading.Event()  # all have ended
         self._closed = threading.Event()
         self._main_ends = False  # the main thread is on its way out by itself
         self._num_ticks_done = 0
@@ -327,14 +329,10 @@ class Pulse:
         traceback: TracebackType | None,
     ) -> None:
         if error is None or isinstance(error, Interrupted):  # on request, and so do the others
-            self.close()
-            return
-        self._main_ends = True
-        if not isinstance(error, LostRank | Silent):
-            self.last_word(_first_line(error))
+            self._turn_to(_ENDED)
+            self._wake.set()
+            self._parted.wait()
         self.close()
-        # Leaving the process groups may block where a rank is lost.
-        threading.Thread(target=self._end_late, args=(_first_line(error),), daemon=True).start()
 
     # -- the main thread's -----------------------------------------------------------------------
 
@@ -369,6 +367,19 @@ class Pulse:
         return self._doing(what)
 
     @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Within: an error is this rank's last word. The others end, and say that it failed."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Interrupted | LostRank | Silent):
+                self._main_ends = True
+                name = _whole_name(self._names[self._rank], self._own)
+                text = f"{name} failed: {_first_line(error)}"
+                self._propose(Finding(text, self._rank, is_own=True))
+            raise
+
+    @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Within: files are written; the process is not ended then, for some seconds."""
         with self._writing:
@@ -400,23 +411,18 @@ class Pulse:
             )
         return self._error()
 
-    def last_word(self, text: str) -> None:
-        """This rank fails by itself, and says why in its own way; the others say that it did."""
-        self._main_ends = True
-        name = _whole_name(self._names[self._rank], self._own)
-        self._propose(Finding(f"{name} failed: {text}", self._rank, is_own=True))
-
     def close(self) -> None:
-        """This rank has finished; it is not missed from here on."""
-        if self._closed.is_set():
-            return
-        with self._lock:
-            self._main.turn_to(_ENDED)
+        """Beat no more."""
+        self._turn_to(_ENDED)
         self._closed.set()
         self._wake.set()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(2 * _INTERVAL_SECONDS)
+
+    def _turn_to(self, doing: str) -> None:
+        with self._lock:
+            self._main.turn_to(doing)
 
     @contextlib.contextmanager
     def _doing(self, what: str, for_rank: int | None = None) -> Iterator[None]:
@@ -455,13 +461,12 @@ class Pulse:
                 finding = self._exchange_beats(now - began)
                 began = now
                 self._num_ticks_done += 1
-                if self._verdict is None and finding is not None:
+                if finding is not None:
                     self._judge(finding)
-                if closed or self._verdict is not None:
+                if closed or finding is not None:
                     return
         except RuntimeError:  # of the store: it is gone, and with it torchrun, which keeps it
-            if not self._closed.is_set():
-                self._end_without_torchrun("is gone")
+            self._end_without_torchrun("is gone")
 
     def _exchange_beats(self, elapsed_seconds: float) -> Finding | None:
         """Write the own beat, read the others', and judge."""
@@ -483,6 +488,8 @@ class Pulse:
         finding = self._watch.look(self._beats, self._gone(), elapsed_seconds)
         if len(self._beats) == len(self._keys):
             self._met.set()
+            if all(beat.has_ended for beat in self._beats.values()):
+                self._parted.set()
         return self._proposal or finding
 
     def _gone(self) -> list[int]:
@@ -514,8 +521,7 @@ class Pulse:
         self._kill_stopped()
         self._judged.set()
         self._met.set()
-        if not own:  # else the main thread is ending by its own error
-            self._leave(verdict, says_it=first)
+        self._leave(verdict, says_it=first or own)
 
     def _leave(self, verdict: Finding, *, says_it: bool) -> None:
         """End the process, once the main thread had its time to end by itself if it is about to."""
@@ -533,7 +539,7 @@ class Pulse:
     def _guard(self) -> None:
         """End the process where torchrun is gone, or its store no longer answers."""
         silent_seconds, num_ticks = 0.0, -1
-        while not self._closed.wait(_INTERVAL_SECONDS):
+        while not (self._closed.wait(_INTERVAL_SECONDS) or self._parted.is_set()):
             if os.getppid() != self._parent:
                 self._end_without_torchrun("is gone")
             if self._judged.is_set() or num_ticks != self._num_ticks_done:
@@ -565,6 +571,9 @@ class Pulse:
 
     def _end_without_torchrun(self, what: str) -> None:
         """torchrun on this host, or the one that keeps the store, is gone: each finds it alone."""
+        if self._main.doing == _ENDED:  # no more is to be asked of it
+            self._parted.set()
+            return
         says_it = os.environ.get("LOCAL_RANK", "0") == "0"
         self._is_said = not says_it
         self._verdict = Finding(
@@ -583,22 +592,6 @@ class Pulse:
         if says_it:
             _say(f"Error: {self._whole(verdict)}")
         os._exit(_EXIT_CODE)
-
-    def _end_late(self, text: str) -> None:
-        time.sleep(_LEAVING_SECONDS)
-        _say(f"Error: {self._names[self._rank]} could not leave the others: {text}")
-        os._exit(_EXIT_CODE)
-
-
-def place(processes: Processes, rank: int) -> str:
-    """ "rank 3 (stage 1, replica 1)"; of a single stage, or without replicas, the one of them."""
-    replicas = processes.parallelism.num_replicas
-    words = []
-    if processes.parallelism.num_stages > 1:
-        words.append(f"stage {rank // replicas}")
-    if replicas > 1:
-        words.append(f"replica {rank % replicas}")
-    return f"rank {rank} ({', '.join(words)})" if words else f"rank {rank}"
 
 
 def _whole_name(name: str, beat: Beat) -> str:

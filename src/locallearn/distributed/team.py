@@ -17,7 +17,7 @@ from locallearn.distributed.balance import balanced, parse_balance
 from locallearn.distributed.links import Inbox, Outbox
 from locallearn.distributed.processes import Processes
 from locallearn.distributed.receiving import ReceivingLoader
-from locallearn.distributed.stages import Spread, Stage, State
+from locallearn.distributed.stages import Spread, State
 from locallearn.engine.block_costs import measure_block_costs
 from locallearn.engine.building import recalibrate
 from locallearn.engine.config import TrainConfig
