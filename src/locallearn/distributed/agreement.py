@@ -9,11 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from locallearn.distributed.processes import Processes
-from locallearn.errors import UserError
-
-
-class Silent(UserError):
-    """An error that another process tells of."""
+from locallearn.errors import Silent, UserError
 
 
 @contextlib.contextmanager

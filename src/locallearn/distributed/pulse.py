@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Self
 
 import torch
-import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from locallearn.distributed.processes import Processes
 from locallearn.engine.trainer import Interrupted
@@ -281,7 +281,7 @@ class Pulse:
         # A connection of its own: an exchange that waits on the other one holds its lock. The
         # count of restarts, since torchrun may keep the store of the processes that were lost.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"pulse/{attempt}", processes.store.clone())
+        self._store = PrefixStore(f"pulse/{attempt}", processes.store.clone())
         self._store.set_timeout(timedelta(seconds=dead_after))
         self._keys = [f"beat/{rank}" for rank in range(processes.num)]
         self._lock = threading.Lock()
