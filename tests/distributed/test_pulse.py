@@ -17,7 +17,7 @@ from tests.distributed.processes import _CONTEXT, environment, in_processes
 
 from locallearn.distributed.parallelism import Parallelism
 from locallearn.distributed.processes import Processes, joined
-from locallearn.distributed.pulse import Beat, Watch
+from locallearn.distributed.watch import Beat, Watch
 from locallearn.errors import Silent, UserError
 
 NAMES = ["rank 0", "rank 1", "rank 2"]

@@ -31,8 +31,7 @@ def _train(
     parallel: str, num: int, out: str, balance: str | None, settings: dict[str, Any]
 ) -> None:
     with joined(Parallelism.parse(parallel, num), "cpu", 120) as processes:
-        team = ProcessTeam(processes, balance=balance)
-        _fit(Path(out), settings, team)
+        _fit(Path(out), settings, ProcessTeam(processes, balance=balance))
 
 
 def train_alone(out: Path, **settings: Any) -> None:

@@ -149,15 +149,18 @@ class Inbox:
         processes: all.
         sender: its rank.
         waiting: around the waiting for it.
+        device: where to.
 
     Attributes:
         flag: of what was taken last.
     """
 
-    def __init__(self, processes: Processes, sender: int, waiting: Waiting) -> None:
+    def __init__(
+        self, processes: Processes, sender: int, waiting: Waiting, device: torch.device
+    ) -> None:
         self.flag = 0
         self._control = processes.control
-        self._device = processes.device
+        self._device = device
         self._sender = sender
         self._waiting = waiting
         self._number = 0

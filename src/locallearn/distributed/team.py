@@ -25,6 +25,7 @@ from locallearn.engine.evaluation import Evaluation, evaluate
 from locallearn.engine.learner import LocalLearner
 from locallearn.engine.results import StepResult
 from locallearn.engine.team import Team
+from locallearn.errors import UserError
 
 Made = TypeVar("Made")
 
@@ -44,6 +45,7 @@ class ProcessTeam(Team):
 
     def __init__(self, processes: Processes, *, balance: str | None = None) -> None:
         self._processes = processes
+        self._pulse = processes.pulse
         self._balance = balance
         self._sizes: tuple[int, ...] = ()
         self._own_request: int | None = None
@@ -69,7 +71,8 @@ class ProcessTeam(Team):
         with self.together("reading the run"):
             if self.is_first:
                 made[0] = make()
-        dist.broadcast_object_list(made, src=0, group=self._processes.control)
+        with self._pulse.waiting(None):
+            dist.broadcast_object_list(made, src=0, group=self._processes.control)
         return made[0]  # type: ignore[no-any-return]
 
     def load(self, make: Callable[[], Made]) -> Made:
@@ -114,10 +117,10 @@ class ProcessTeam(Team):
         place, replica = self._processes.stage, self._processes.replica
         if not self._stage.is_first:
             sender = self._processes.rank_of(place - 1, replica)
-            self._inbox = Inbox(self._processes, sender, self._waiting)
+            self._inbox = Inbox(self._processes, sender, self._pulse.waiting, images.device)
         if not self._stage.is_last:
             receiver = self._processes.rank_of(place + 1, replica)
-            self._outbox = Outbox(self._processes, receiver, self._waiting)
+            self._outbox = Outbox(self._processes, receiver, self._pulse.waiting)
 
     def _measured_sizes(
         self,
@@ -139,9 +142,6 @@ class ProcessTeam(Team):
         times[-1] += costs.get("", 0.0)  # the output layer goes with the last block
         allowed = [spread.can_begin_at(name) for name in spread.names]
         return balanced(times, num_stages, allowed=allowed)
-
-    def _waiting(self, rank: int) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
 
     # -- training -------------------------------------------------------------------------------
 
@@ -188,7 +188,8 @@ class ProcessTeam(Team):
 
     def stop_at_epoch(self) -> int | None:
         requested = torch.tensor(self._own_request or self._stop or 0)
-        dist.all_reduce(requested, dist.ReduceOp.MAX, group=self._processes.control)
+        with self._pulse.waiting(None):
+            dist.all_reduce(requested, dist.ReduceOp.MAX, group=self._processes.control)
         return int(requested) or None
 
     # -- between epochs -------------------------------------------------------------------------
@@ -237,7 +238,8 @@ class ProcessTeam(Team):
             for images, _ in loader.epoch():
                 self._learner.run(images)
         last = self._processes.rank_of(self._processes.parallelism.num_stages - 1, 0)
-        dist.broadcast_object_list(found, src=last, group=self._processes.control)
+        with self._pulse.waiting(last):
+            dist.broadcast_object_list(found, src=last, group=self._processes.control)
         return found[0]  # type: ignore[no-any-return]
 
     def training_state(self) -> State | None:
@@ -265,14 +267,13 @@ class ProcessTeam(Team):
     def _gathered(self, value: State, *, at_all: bool = False) -> list[State]:
         """By rank; at others than the first nothing, unless asked."""
         parts: list[Any] = [None] * self._processes.num
-        if at_all:
-            dist.all_gather_object(parts, value, group=self._processes.control)
-            return parts
-        if self.is_first:
-            dist.gather_object(value, parts, dst=0, group=self._processes.control)
-            return parts
-        dist.gather_object(value, None, dst=0, group=self._processes.control)
-        return []
+        control = self._processes.control
+        with self._pulse.waiting(None):
+            if at_all:
+                dist.all_gather_object(parts, value, group=control)
+                return parts
+            dist.gather_object(value, parts if self.is_first else None, dst=0, group=control)
+        return parts if self.is_first else []
 
 
 def _on_host(state: Any) -> Any:
