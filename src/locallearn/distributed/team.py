@@ -248,7 +248,7 @@ class ProcessTeam(Team):
         if not parts:
             return None
         stages = parts[:: self._processes.parallelism.num_replicas]
-        whole = self._stage.owners.merged(stages)
+        whole = self._stage.owners.merged(state, stages)
         begun = self._num_elements_before
         whole["num_elements"] = begun + sum(part["num_elements"] - begun for part in stages)
         return whole
