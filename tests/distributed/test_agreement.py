@@ -1,12 +1,12 @@
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
-import pytest
 import torch.distributed as dist
 from tests.distributed.processes import in_processes
 
@@ -18,60 +18,45 @@ from locallearn.errors import Silent, UserError
 Said = tuple[str, str] | None
 
 
-def _caught(body: Callable[[Processes], None]) -> Said:
+def _caught(body: Callable[[], None]) -> Said:
     """What the body raises in one of the processes: its kind and its text."""
-    with joined(Parallelism(3, 1), "cpu", 60) as processes:
-        try:
-            body(processes)
-        except Exception as error:
-            return type(error).__name__, str(error)
+    try:
+        body()
+    except Exception as error:
+        return type(error).__name__, str(error)
     return None
 
 
-def _raise_by_rank(texts: Mapping[int, str]) -> Said:
-    def body(processes: Processes) -> None:
-        with together(processes, "the check"):
-            if processes.rank in texts:
-                raise UserError(texts[processes.rank])
+def _raise_by_rank(cases: list[dict[int, Exception]]) -> list[Said]:
+    with joined(Parallelism(3, 1), "cpu", 60) as processes:
 
-    return _caught(body)
+        def body(errors: Mapping[int, Exception]) -> None:
+            with together(processes, "the check"):
+                if processes.rank in errors:
+                    raise errors[processes.rank]
+
+        return [_caught(functools.partial(body, errors)) for errors in cases]
 
 
-@pytest.mark.parametrize(
-    ("texts", "expected"),
-    [
+def test_what_one_raises_all_raise_and_the_first_says() -> None:
+    no = UserError("no.")
+    cases: list[tuple[dict[int, Exception], str | None]] = [
         ({}, None),
-        ({0: "no.", 1: "no.", 2: "no."}, "no."),
-        ({0: "the run exists."}, "the run exists."),
-        ({2: "no data."}, "rank 2: no data."),
-        ({0: "full.", 1: "no.", 2: "no."}, "rank 0: full.; ranks 1, 2: no."),
-    ],
-)
-def test_what_one_raises_all_raise_and_the_first_says(
-    texts: dict[int, str], expected: str | None
-) -> None:
-    first, *others = in_processes(3, _raise_by_rank, texts)
-    if expected is None:
-        assert [first, *others] == [None] * 3
-    else:
-        assert first == ("UserError", expected)
-        assert [kind for kind, _ in others] == ["Silent", "Silent"]
-
-
-def _break_at_rank_1() -> Said:
-    def body(processes: Processes) -> None:
-        with together(processes, "the check"):
-            if processes.rank == 1:
-                raise KeyError("a bug of ours")
-
-    return _caught(body)
-
-
-def test_a_bug_is_raised_where_it_is() -> None:
-    first, broken, last = in_processes(3, _break_at_rank_1)
-    assert first == ("UserError", "rank 1: 'a bug of ours'")
-    assert broken == ("KeyError", "'a bug of ours'")
-    assert last[0] == "Silent"
+        ({0: no, 1: no, 2: no}, "no."),
+        ({0: UserError("the run exists.")}, "the run exists."),
+        ({2: UserError("no data.")}, "rank 2: no data."),
+        ({0: UserError("full."), 1: no, 2: no}, "rank 0: full.; ranks 1, 2: no."),
+        ({1: KeyError("a bug of ours")}, "rank 1: 'a bug of ours'"),
+    ]
+    by_rank = in_processes(3, _raise_by_rank, [errors for errors, _ in cases])
+    for found, (errors, expected) in zip(zip(*by_rank, strict=True), cases, strict=True):
+        if expected is None:
+            assert found == (None, None, None)
+            continue
+        assert found[0] == ("UserError", expected)
+        for rank in (1, 2):  # a bug is raised where it is
+            is_bug = isinstance(errors.get(rank), KeyError)
+            assert found[rank][0] == ("KeyError" if is_bug else "Silent")
 
 
 def _agree_twice() -> tuple[Said, Said]:
@@ -88,14 +73,7 @@ def _agree_twice() -> tuple[Said, Said]:
         agree(processes, facts)
 
     with joined(Parallelism(3, 1), "cpu", 60) as processes:
-        found: list[Said] = []
-        for body in (agreeing, differing):
-            try:
-                body(processes)
-                found.append(None)
-            except UserError as error:
-                found.append((type(error).__name__, str(error)))
-        return found[0], found[1]
+        return _caught(lambda: agreeing(processes)), _caught(lambda: differing(processes))
 
 
 def test_what_differs_is_named_with_its_values() -> None:

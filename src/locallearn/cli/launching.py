@@ -33,6 +33,16 @@ class Sharing:
     hang_timeout: float | None = None
 
 
+def may_be_restarted() -> bool:
+    """Whether torchrun would start the same command again (--max-restarts)."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started the same command before."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 @contextlib.contextmanager
 def sharing_work(sharing: Sharing, device: str) -> Iterator[Team]:
     """Within: the processes that torchrun has started are joined; or this one is alone.

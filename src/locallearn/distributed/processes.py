@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,11 @@ _START_SECONDS = 120.0  # for all to come
 def num_started() -> int:
     """How many processes `torchrun` has started together; 1 where it did not start this one."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def num_restarts() -> int:
+    """How often torchrun has started the processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,19 @@ class Processes:
     @property
     def is_first_of_host(self) -> bool:
         return os.environ["LOCAL_RANK"] == "0"
+
+    def remedy(self, directory: Path) -> str:
+        """What is to be done once a rank is lost, for the message.
+
+        Arguments:
+            directory: of the run.
+        """
+        if num_restarts() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            return f"torchrun starts all again, from the last checkpoint in {directory}."
+        return (
+            f"Go on from the last checkpoint with `torchrun --nproc-per-node {self.num} -m "
+            f"locallearn train --parallel {self.parallelism} --resume {directory}`."
+        )
 
     def rank_of(self, stage: int, replica: int) -> int:
         return stage * self.parallelism.num_replicas + replica
@@ -171,8 +190,7 @@ def _reach_others() -> tuple[Store, int, int]:
             f"{_START_SECONDS:.0f} s ({str(error).splitlines()[0]})."
         ) from error
     # torchrun keeps its store when it starts the processes again: what was said then is history.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"attempt/{attempt}", store), rank, num
+    return PrefixStore(f"attempt/{num_restarts()}", store), rank, num
 
 
 def _place(parallelism: Parallelism, rank: int) -> str:

@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Self
 
 import torch
+import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from locallearn.distributed.watch import (
@@ -81,6 +82,7 @@ class _Main:
     spoke: float = field(default_factory=time.monotonic)
     computing_seconds: float = 0.0
     waiting_seconds: float = 0.0
+    epoch: int | None = None
     step: int | None = None
     loss: float | None = None
     accuracy: float | None = None
@@ -190,15 +192,25 @@ class Pulse:
 
     # -- the main thread's -----------------------------------------------------------------------
 
-    def note(self, *, step: int, loss: float | None = None, accuracy: float | None = None) -> None:
-        """Say where this rank is: the step that it begins; its loss and accuracy, where known."""
+    def note(
+        self,
+        *,
+        epoch: int | None = None,
+        step: int | None = None,
+        loss: float | None = None,
+        accuracy: float | None = None,
+    ) -> None:
+        """Say that this rank goes on: with the step that it begins, and what it knows of the
+        epoch's loss and accuracy; what is left out stays as it was."""
         with self._lock:
-            self._main.spoke = time.monotonic()
-            self._main.step = step
-            self._main.loss = self._main.loss if loss is None else loss
-            self._main.accuracy = self._main.accuracy if accuracy is None else accuracy
-            if self._main.doing == STARTING:
-                self._main.turn_to(COMPUTING)
+            main = self._main
+            main.spoke = time.monotonic()
+            main.epoch = main.epoch if epoch is None else epoch
+            main.step = main.step if step is None else step
+            main.loss = main.loss if loss is None else loss
+            main.accuracy = main.accuracy if accuracy is None else accuracy
+            if step is not None and main.doing == STARTING:
+                main.turn_to(COMPUTING)
 
     @contextlib.contextmanager
     def waiting(self, for_rank: int | None) -> Iterator[None]:
@@ -217,14 +229,21 @@ class Pulse:
                 raise self.blame(error) from error
 
     def busy(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Within: the main thread is at something that may take any time ("reading the data")."""
+        """Within: the main thread is at something that may take long ("reading the data")."""
         return self._doing(what)
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
-        """Within: an error is this rank's last word. The others end, and say that it failed."""
+        """Within: an error is this rank's last word. The others end, and say that it failed.
+
+        Raises:
+            LostRank: in place of what an exchange raised where the device waited for it.
+            Silent: likewise.
+        """
         try:
             yield
+        except dist.DistError as error:
+            raise self.blame(error) from error
         except BaseException as error:
             if not isinstance(error, Interrupted):
                 self._main_ends = True
@@ -420,6 +439,7 @@ class Pulse:
             doing=main.doing,
             waits_for=main.waits_for,
             still_seconds=time.monotonic() - main.spoke,
+            epoch=main.epoch,
             step=main.step,
             loss=main.loss,
             accuracy=main.accuracy,

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 INTERVAL_SECONDS = 0.5  # between beats
 
+# What may take long (reading the data) counts as hung only after so many times as long as a step.
+_PATIENCE = 10
+
 STARTING, COMPUTING, WAITING, ENDED = "starting", "computing", "waiting", "ended"
 
 
@@ -23,7 +26,7 @@ class Beat:
         doing: computing, waiting, ended, or in words what may take long.
         waits_for: the rank that it waits for, or None for all.
         still_seconds: since its main thread last said anything.
-        step: that it is in, or None before the first.
+        epoch, step: that it is in, from 1; None before the first.
         loss, accuracy: of the epoch so far, where it knows them.
         computing_seconds, waiting_seconds: so far.
         load: share of the last seconds that it did not wait, in [0, 1].
@@ -37,6 +40,7 @@ class Beat:
     doing: str = STARTING
     waits_for: int | None = None
     still_seconds: float = 0.0
+    epoch: int | None = None
     step: int | None = None
     loss: float | None = None
     accuracy: float | None = None
@@ -49,11 +53,11 @@ class Beat:
         return self.doing == ENDED
 
     def describe_doing(self) -> str:
-        """ "computing in step 12", "waiting for rank 1 in step 12"."""
+        """ "waiting for rank 1 in step 12 of epoch 3"."""
         words = self.doing
         if self.doing == WAITING:
             words += " for the others" if self.waits_for is None else f" for rank {self.waits_for}"
-        return words if self.step is None else f"{words} in step {self.step}"
+        return words if self.step is None else f"{words} in step {self.step} of epoch {self.epoch}"
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,9 @@ class Watch:
         hung = [
             beat
             for beat in running.values()
-            if beat.doing == COMPUTING and beat.still_seconds >= self._hang_after
+            if beat.doing != WAITING
+            and beat.still_seconds
+            >= self._hang_after * (1 if beat.doing == COMPUTING else _PATIENCE)
         ]
         if not hung:
             return None
