@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,15 +149,18 @@ class Inbox:
         processes: all.
         sender: its rank.
         waiting: around the waiting for it.
+        device: where to.
 
     Attributes:
         flag: of what was taken last.
     """
 
-    def __init__(self, processes: Processes, sender: int, waiting: Waiting) -> None:
+    def __init__(
+        self, processes: Processes, sender: int, waiting: Waiting, device: torch.device
+    ) -> None:
         self.flag = 0
         self._control = processes.control
-        self._device = processes.device
+        self._device = device
         self._sender = sender
         self._waiting = waiting
         self._number = 0
@@ -196,6 +199,11 @@ class Inbox:
             self._ask_values(self._expected, format.num_values(following), format.dtype)
         # The very strides, which say how a layer computes it.
         return values.as_strided(format.shape, format.stride)
+
+    def sequence(self) -> Iterator[Tensor]:
+        """All that comes until the sender ends it."""
+        while (tensor := self.take()) is not None:
+            yield tensor
 
     def _ask(self) -> _Expected:
         header = torch.empty(_HEADER_LENGTH, dtype=torch.int64)

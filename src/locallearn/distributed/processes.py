@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from locallearn.distributed.parallelism import Parallelism
+from locallearn.engine.processes import expecting_others
 from locallearn.errors import UserError
 
 STAGES, REPLICAS = "layers", "data"  # dimensions of the mesh
@@ -61,6 +62,10 @@ class Processes:
     def replica(self) -> int:
         """Which part of every batch it trains on."""
         return self.rank % self.parallelism.num_replicas
+
+    @property
+    def is_first_of_host(self) -> bool:
+        return os.environ["LOCAL_RANK"] == "0"
 
     def rank_of(self, stage: int, replica: int) -> int:
         return stage * self.parallelism.num_replicas + replica
@@ -111,6 +116,7 @@ def joined(parallelism: Parallelism, device: str, timeout_seconds: float) -> Ite
         mesh = init_device_mesh(own.type, shape, mesh_dim_names=(STAGES, REPLICAS))
         control = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(control, ProcessGroup)
-        yield Processes(parallelism, rank, own, mesh, control, PrefixStore("run", store))
+        with expecting_others():
+            yield Processes(parallelism, rank, own, mesh, control, PrefixStore("run", store))
     finally:
         dist.destroy_process_group()
