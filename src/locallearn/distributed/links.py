@@ -27,7 +27,7 @@ from torch import Tensor
 from locallearn.distributed.processes import Processes
 
 Waiting = Callable[[int], contextlib.AbstractContextManager[Any]]
-"""Around the waiting for a rank."""
+"""Around the waiting for a rank, and around what else fails once that is lost."""
 
 _HEADER_TAG, _VALUES_TAG = 1, 2
 _MOST_DIMS = 8
@@ -109,7 +109,8 @@ class Outbox:
         tensor = _dense(tensor)
         self._send_header(_Format.of(tensor))
         if tensor.numel():
-            work = dist.isend(_values(tensor), self._receiver, tag=_VALUES_TAG)
+            with self._waiting(self._receiver):
+                work = dist.isend(_values(tensor), self._receiver, tag=_VALUES_TAG)
             self._under_way.append((work, tensor))
         self.num_bytes += tensor.nbytes
 
@@ -128,7 +129,8 @@ class Outbox:
         self.flush()
         self._number += 1
         header = torch.tensor([self._number, int(is_end), self.flag, self.batch, *format.numbers()])
-        work = dist.isend(header, self._receiver, group=self._control, tag=_HEADER_TAG)
+        with self._waiting(self._receiver):
+            work = dist.isend(header, self._receiver, group=self._control, tag=_HEADER_TAG)
         self._under_way.append((work, header))
 
 
@@ -213,10 +215,12 @@ class Inbox:
 
     def _ask(self) -> _Expected:
         header = torch.empty(_HEADER_LENGTH, dtype=torch.int64)
-        work = dist.irecv(header, self._sender, group=self._control, tag=_HEADER_TAG)
+        with self._waiting(self._sender):
+            work = dist.irecv(header, self._sender, group=self._control, tag=_HEADER_TAG)
         return _Expected(header, work)
 
     def _ask_values(self, expected: _Expected, num: int, dtype: torch.dtype) -> None:
         expected.values = torch.empty(num, dtype=dtype, device=self._device)
         if num:
-            expected.of_values = dist.irecv(expected.values, self._sender, tag=_VALUES_TAG)
+            with self._waiting(self._sender):
+                expected.of_values = dist.irecv(expected.values, self._sender, tag=_VALUES_TAG)
