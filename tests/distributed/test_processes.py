@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from tests.distributed.processes import in_processes
 
 from locallearn.distributed.parallelism import Parallelism
 from locallearn.distributed.processes import joined
 from locallearn.errors import UserError
-from tests.distributed.processes import in_processes
 
 
 def _place(num_stages: int, num_replicas: int) -> tuple[int, int, int, int]:
