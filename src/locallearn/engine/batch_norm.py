@@ -11,8 +11,8 @@ rstd, and sums over all replicas,
 
 which for one replica is BatchNorm's own backward.
 
-Source of the combined variance: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm
-for Computing Sample Variances" (1979).
+Source of the combined variance: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise
+Algorithm for Computing Sample Variances" (1979).
 """
 
 from __future__ import annotations

@@ -748,7 +748,8 @@ class LocalLearner(nn.Module):
         Raises:
             UserError: labels of another shape or type than said above.
         """
-        num_images = num_inputs(images)
+        is_replica = self._settings.updates.reduction is not None
+        num_images = 0 if is_replica and len(labels) == 0 else num_inputs(images)
         if labels.ndim != 1 or labels.dtype != torch.int64 or len(labels) != num_images:
             raise UserError(
                 f"labels must be int64 of shape ({num_images},), one for each image, "
@@ -767,8 +768,6 @@ class LocalLearner(nn.Module):
     def _step_without_images(self, images: Inputs, labels: Tensor) -> StepResult:
         """The updates of the other replicas. It runs on zeros, which count for nothing: so every
         sum is begun here too, whatever the model does, and in the order of its forward."""
-        if self._settings.updates.reduction is None:
-            raise UserError("step was given no images; a batch of at least one is expected.")
         zeros = tree_map_only(Tensor, lambda t: t.new_zeros((2, *t.shape[1:])), images)
         result = self._step(zeros, labels.new_zeros(2), num_images=0)
 
