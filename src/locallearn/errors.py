@@ -11,7 +11,25 @@ class UserError(ValueError):
 
     The command line prints the message and exits with code 2; a library user sees an
     ordinary ValueError. Everything else that is raised is a bug of ours.
+
+    Attributes:
+        exit_code: of the command line.
     """
+
+    exit_code = 2
+
+
+class Silent(UserError):  # noqa: N818 - says what it is
+    """What another process of the same training says: the command line exits without a word.
+
+    Arguments:
+        message: what it says.
+        exit_code: of the command line.
+    """
+
+    def __init__(self, message: str, exit_code: int = UserError.exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def unknown_name(

@@ -569,7 +569,7 @@ def test_a_run_stopped_in_an_epoch(error_line, capsys: pytest.CaptureFixture[str
     """BatchNorm's statistics are estimated anew; where there is no data for it, that is said."""
     pytest.importorskip("captum")
     trainer = Trainer.start(TrainConfig(epochs=3, limit_test=100), Path("cut"), QuietObserver())
-    trainer.stop_signal = 2
+    trainer.request_stop(2)
     with pytest.raises(Interrupted):
         trainer.fit()
     opened = open_run("cut", "cpu")

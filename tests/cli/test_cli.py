@@ -225,7 +225,7 @@ def test_evaluate_of_a_run_stopped_in_an_epoch(capsys) -> None:
     from locallearn.engine import Interrupted, TrainConfig, Trainer
 
     trainer = Trainer.start(TrainConfig(epochs=3), Path("run"), QuietObserver())
-    trainer.stop_signal = 2
+    trainer.request_stop(2)
     with pytest.raises(Interrupted):
         trainer.fit()
     assert main(["evaluate", "run"]) == 0

@@ -377,7 +377,7 @@ def test_a_run_may_change_its_cache(make_folder, tmp_path, monkeypatch, capsys, 
         trainer = Trainer.start(
             TrainConfig(**settings, cache=places[0]), Path(name), QuietObserver()
         )
-        trainer.stop_signal = 2
+        trainer.request_stop(2)
         with pytest.raises(Interrupted):
             trainer.fit()
         given = {} if places[1] is None else {"cache": places[1]}

@@ -72,7 +72,7 @@ def test_batches_equal_those_on_the_cpu() -> None:
 def test_a_run_is_stopped_and_resumed(tmp_path: Path) -> None:
     config = TrainConfig(epochs=2, device="cuda", dropout=0.1)
     trainer = Trainer.start(config, tmp_path / "run", QuietObserver())
-    trainer.stop_signal = 15
+    trainer.request_stop(15)
     with pytest.raises(Interrupted):
         trainer.fit()
     summary = Trainer.resume(tmp_path / "run", QuietObserver()).fit()

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 import locallearn.engine.building as building_module
+import locallearn.engine.team as team_module
 import locallearn.engine.trainer as trainer_module
 from locallearn import LocalLearner, UserError
 from locallearn.cli.console import QuietObserver
@@ -166,7 +167,7 @@ def test_stopped_in_an_epoch_and_resumed_is_as_never_stopped(
 
     def stopping(images, labels):
         if (trainer.epoch, trainer.step + 1) == stop_at:
-            trainer.stop_signal = 15
+            trainer.request_stop(15)
         return step(images, labels)
 
     trainer.learner.step = stopping
@@ -206,7 +207,7 @@ def test_resumed_where_another_batch_is_met_first(
 
     def stopping(images, labels):
         if trainer.step == 2:  # 400 images are three batches of 128 and one of 16
-            trainer.stop_signal = 15
+            trainer.request_stop(15)
         return step(images, labels)
 
     trainer.learner.step = stopping
@@ -283,7 +284,7 @@ def test_killed_at_any_moment_and_resumed_is_as_never_killed(
 
 def interrupted(out: Path, **settings: Any) -> None:
     trainer = Trainer.start(TrainConfig(**{**SMALL, **settings}), out, Recorder())
-    trainer.stop_signal = 2
+    trainer.request_stop(2)
     with pytest.raises(Interrupted):
         trainer.fit()
 
@@ -460,7 +461,8 @@ def test_where_images_are_kept_is_the_runs_own(
     step = trainer.learner.step
 
     def stopping(images, labels):
-        trainer.stop_signal = 15 if trainer.step == 2 else None
+        if trainer.step == 2:
+            trainer.request_stop(15)
         return step(images, labels)
 
     trainer.learner.step = stopping
@@ -561,7 +563,7 @@ def test_evaluation_weights_and_statistics_come_by_themselves(tmp_path: Path, mo
         return real(infer, loader, num_classes)
 
     monkeypatch.setattr(LocalLearner, "recalibrate", watch_recalibrate)
-    monkeypatch.setattr(trainer_module, "evaluate", watch_evaluate)
+    monkeypatch.setattr(team_module, "evaluate", watch_evaluate)
     run(tmp_path / "run")
     assert seen == ["recalibrate on 4", "evaluate"] * 2
     seen.clear()

@@ -26,9 +26,9 @@ from locallearn.cli import (
     train,
 )
 from locallearn.cli.command import running
-from locallearn.errors import UserError
+from locallearn.errors import Silent, UserError
 
-BAD_INPUT = 2
+BAD_INPUT = UserError.exit_code
 
 app = typer.Typer(
     name="locallearn",
@@ -79,8 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with running(given):
             code = app(args=given or ["--help"], prog_name="locallearn", standalone_mode=False)
         return code if isinstance(code, int) else 0
+    except Silent as error:
+        return error.exit_code
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), error.exit_code)
     except OSError as error:
         return _fail(_say_os_error(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -98,9 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = BAD_INPUT) -> int:
     print("Error: " + " ".join(message.split()), file=sys.stderr)
-    return BAD_INPUT
+    return code
 
 
 def _say_os_error(error: OSError) -> str:

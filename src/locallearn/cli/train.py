@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from locallearn.cli.console import make_observer
+from locallearn.cli.launching import Sharing, sharing_work
 from locallearn.cli.naming import file_name
 from locallearn.cli.signals import noting_signals
 from locallearn.errors import UserError
 
 if TYPE_CHECKING:
-    from locallearn.engine import Trainer
+    from locallearn.engine import RunDirectory, Trainer
+    from locallearn.engine.team import Team
 
-_NOT_SETTINGS = ("out", "resume", "quiet")
+_NOT_SETTINGS = ("parallel", "balance", "hang_timeout", "out", "resume", "quiet")
 _MAX_MODEL_LENGTH = 80  # of a run directory's name: a model's options may be long
 
 
@@ -27,7 +29,7 @@ def _option(help: str, panel: str, *names: str) -> Any:
 
 
 _DATA, _MODEL, _RULE, _OPTIM = "Data", "Model", "Rule", "Training"
-_COMPUTE, _RUN = "Computation", "Run"
+_COMPUTE, _SHARE, _RUN = "Computation", "Several processes (torchrun)", "Run"
 
 
 def train(
@@ -239,6 +241,30 @@ def train(
     num_threads: Annotated[
         int | None, _option("CPU threads. Default: one a core.", _COMPUTE)
     ] = None,
+    parallel: Annotated[
+        str | None,
+        _option(
+            "How the processes that torchrun started share the work: layers, data, layers:L, "
+            "data:D, or layers:L,data:D. Default: one process.",
+            _SHARE,
+        ),
+    ] = None,
+    balance: Annotated[
+        str | None,
+        _option(
+            "layers: how many blocks each stage has, by commas. Default: balanced by a short "
+            "measurement.",
+            _SHARE,
+        ),
+    ] = None,
+    hang_timeout: Annotated[
+        float | None,
+        _option(
+            "Seconds that a process may be silent within a step before it counts as hung. "
+            "Default: 600.",
+            _SHARE,
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         _option("Run directory to make. Default: runs/TIME-DATASET-MODEL-RULE.", _RUN),
@@ -255,45 +281,63 @@ def train(
         for name, value in ctx.params.items()
         if name not in _NOT_SETTINGS and _is_from_command_line(ctx, name)
     }
-    from locallearn.engine import Interrupted, RunDirectory, TrainConfig, Trainer
     from locallearn.engine.allocator import keep_freed_memory
-    from locallearn.engine.trainer import check_same_settings
 
     keep_freed_memory()
+    if resume is not None and out is not None:
+        raise UserError("--resume and --out exclude each other: a resumed run stays in place.")
+    if out == "":
+        raise UserError("--out is empty; give a directory, or leave it out.")
+    with sharing_work(Sharing(parallel, balance, hang_timeout), device) as team:
+        return _train(given, out, resume, team, quiet=quiet)
 
-    observer = make_observer(quiet=quiet)
+
+def _train(
+    given: dict[str, Any], out: str | None, resume: str | None, team: Team, *, quiet: bool
+) -> int:
+    from locallearn.engine import Interrupted, RunDirectory, TrainConfig, Trainer
+
+    observer = make_observer(quiet=quiet or not team.is_first)
     if resume is not None:
-        if out is not None:
-            raise UserError("--resume and --out exclude each other: a resumed run stays in place.")
         run = RunDirectory(Path(resume))
-        check_same_settings(run, given)
-        results = run.read_summary()
-        if results is not None:
-            accuracy = results["test_acc"]
-            print(f"{resume} is finished: test accuracy {accuracy:.2f} %. Nothing to do.")
+        accuracy = team.first(lambda: _finished(run, given))
+        if accuracy is not None:
+            if team.is_first:
+                print(f"{resume} is finished: test accuracy {accuracy:.2f} %. Nothing to do.")
             return 0
-        trainer = Trainer.resume(run.path, observer, given)
+        trainer = Trainer.resume(run.path, observer, given, team)
     else:
-        if out == "":
-            raise UserError("--out is empty; give a directory, or leave it out.")
         config = TrainConfig(**given)
-        path = Path(out) if out is not None else _free_path(config)
-        trainer = Trainer.start(config, path, observer)
+        path = team.first(lambda: Path(out) if out is not None else _free_path(config))
+        trainer = Trainer.start(config, path, observer, team=team)
 
     try:
         with contextlib.closing(observer), noting_signals(trainer.request_stop):
             summary = trainer.fit()
     except Interrupted as interruption:
         step, epoch = trainer.step, trainer.epoch
-        print(
-            f"Stopped after {f'step {step} of epoch {epoch + 1}' if step else f'epoch {epoch}'}; "
-            f"all is saved. "
-            f"Continue with: locallearn train --resume {trainer.run.path}",
-            file=sys.stderr,
-        )
+        if team.is_first:
+            print(
+                f"Stopped after "
+                f"{f'step {step} of epoch {epoch + 1}' if step else f'epoch {epoch}'}; "
+                f"all is saved. "
+                f"Continue with: locallearn train --resume {trainer.run.path}",
+                file=sys.stderr,
+            )
         return 128 + interruption.signal_number
-    _print_summary(summary, trainer)
+    if team.is_first:
+        _print_summary(summary, trainer)
     return 0
+
+
+def _finished(run: RunDirectory, given: dict[str, Any]) -> float | None:
+    """The test accuracy of a run that has results; None of one that goes on. Settings that are
+    given again must be its own."""
+    from locallearn.engine.trainer import check_same_settings
+
+    check_same_settings(run, given)
+    results = run.read_summary()
+    return None if results is None else results["test_acc"]
 
 
 def _is_from_command_line(ctx: typer.Context, name: str) -> bool:

@@ -68,6 +68,10 @@ class FeatureLoader(EpochLoader[FeatureRows]):
         self._kept_as = kept_as
         self._dtype = dtype
 
+    def labels_of(self, parts: Sequence[slice], epoch: int = 0) -> Iterator[Tensor]:
+        for _, labels in self.crops_of(parts, epoch):  # which reads no feature
+            yield labels
+
     def crops_of(
         self, parts: Sequence[slice], epoch: int = 0
     ) -> Iterator[tuple[FeatureRows, Tensor]]:

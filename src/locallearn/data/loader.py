@@ -34,7 +34,7 @@ Chosen = TypeVar("Chosen")
 class EpochLoader(Generic[Chosen]):
     """What loaders share: epochs of batches, of which first is chosen what is in them.
 
-    Subclasses write :meth:`crops_of`, :meth:`images` and :meth:`no_images`.
+    Subclasses write :meth:`crops_of`, :meth:`labels_of`, :meth:`images` and :meth:`no_images`.
 
     Arguments:
         ends: where the batches of an epoch end.
@@ -85,6 +85,14 @@ class EpochLoader(Generic[Chosen]):
     def crops_of(self, parts: Sequence[slice], epoch: int = 0) -> Iterator[tuple[Chosen, Tensor]]:
         """As :meth:`crops`, of other parts of the epoch than its batches, none of them empty. What
         lies in none of them is not read."""
+        raise NotImplementedError
+
+    def batch_labels(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
+        """The labels (B,) of an epoch's batches alone; no image is looked at."""
+        return self.labels_of(self.batches[start:], epoch)
+
+    def labels_of(self, parts: Sequence[slice], epoch: int = 0) -> Iterator[Tensor]:
+        """As :meth:`batch_labels`, of other parts of the epoch than its batches."""
         raise NotImplementedError
 
     def images(self, crops: Chosen) -> Tensor:
@@ -150,16 +158,23 @@ class ImageLoader(EpochLoader[Crops]):
     def crops_of(self, parts: Sequence[slice], epoch: int = 0) -> Iterator[tuple[Crops, Tensor]]:
         """Which pixels make these parts of an epoch."""
         generator = epoch_generator(self.seed, epoch)
-        num = len(self.source)
-        labels = self.source.labels
-        order = epoch_order(labels, generator, shuffle=self.shuffle, balance=self.balance)
-        draws = draw_epoch(self._recipe, num, self._size, generator).to(self.device)
-        order = order.to(self.device)
-
-        indices, batch_draws = [order[part] for part in parts], [draws[part] for part in parts]
+        indices = self._indices(parts, generator)
+        draws = draw_epoch(self._recipe, len(self.source), self._size, generator).to(self.device)
+        batch_draws = [draws[part] for part in parts]
         crops = self.source.batches(indices, batch_draws, self._size, self._recipe)
         for index, batch in zip(indices, crops, strict=True):
-            yield batch, labels[index]
+            yield batch, self.source.labels[index]
+
+    def labels_of(self, parts: Sequence[slice], epoch: int = 0) -> Iterator[Tensor]:
+        for index in self._indices(parts, epoch_generator(self.seed, epoch)):
+            yield self.source.labels[index]
+
+    def _indices(self, parts: Sequence[slice], generator: torch.Generator) -> list[Tensor]:
+        """Which images these parts of an epoch hold."""
+        labels = self.source.labels
+        order = epoch_order(labels, generator, shuffle=self.shuffle, balance=self.balance)
+        order = order.to(self.device)
+        return [order[part] for part in parts]
 
     def images(self, crops: Crops) -> Tensor:
         """A batch's images, float32 (B, C, H, W) in channels-last memory."""

@@ -56,10 +56,10 @@ class Parallelism:
                 f"L x D is the number of processes ({num_processes} here)."
             )
         known = 1
-        for number in given.values():
-            known *= number or 1
-        for name in open_ones:
-            given[name] = max(1, num_processes // known)
+        for size in given.values():
+            known *= size or 1
+        for left_out in open_ones:
+            given[left_out] = max(1, num_processes // known)
         found = cls(given.get("layers") or 1, given.get("data") or 1)
         if found.num_processes != num_processes:
             raise UserError(

@@ -10,9 +10,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from locallearn.distributed.parallelism import Parallelism
+from locallearn.engine.processes import expecting_others
 from locallearn.errors import UserError
 
 STAGES, REPLICAS = "layers", "data"  # dimensions of the mesh
@@ -43,8 +46,8 @@ class Processes:
     rank: int
     device: torch.device
     mesh: DeviceMesh
-    control: dist.ProcessGroup
-    store: dist.Store
+    control: ProcessGroup
+    store: Store
 
     @property
     def num(self) -> int:
@@ -60,11 +63,15 @@ class Processes:
         """Which part of every batch it trains on."""
         return self.rank % self.parallelism.num_replicas
 
+    @property
+    def is_first_of_host(self) -> bool:
+        return os.environ["LOCAL_RANK"] == "0"
+
     def rank_of(self, stage: int, replica: int) -> int:
         return stage * self.parallelism.num_replicas + replica
 
     @property
-    def replicas(self) -> dist.ProcessGroup:
+    def replicas(self) -> ProcessGroup:
         """The processes that train the same stage, on the device."""
         return self.mesh.get_group(REPLICAS)
 
@@ -102,13 +109,14 @@ def joined(parallelism: Parallelism, device: str, timeout_seconds: float) -> Ite
         torch.cuda.set_device(own)
         backend = "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=timeout_seconds)
-    store, rank, num = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank, num = next(rendezvous("env://", timeout=timeout))
     dist.init_process_group(backend, store=store, rank=rank, world_size=num, timeout=timeout)
     try:
         shape = (parallelism.num_stages, parallelism.num_replicas)
         mesh = init_device_mesh(own.type, shape, mesh_dim_names=(STAGES, REPLICAS))
         control = dist.new_group(backend="gloo", timeout=timeout)
-        assert control is not None
-        yield Processes(parallelism, rank, own, mesh, control, dist.PrefixStore("run", store))
+        assert isinstance(control, ProcessGroup)
+        with expecting_others():
+            yield Processes(parallelism, rank, own, mesh, control, PrefixStore("run", store))
     finally:
         dist.destroy_process_group()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from locallearn.data.loader import Chosen, EpochLoader
 from locallearn.distributed.processes import Processes
-from locallearn.distributed.shards import ShardedLoader
+from locallearn.distributed.shards import DealtLoader, ShardedLoader
 from locallearn.engine.evaluation import Evaluation, evaluation_of, tally
 from locallearn.engine.learner import LocalLearner
 
@@ -61,6 +61,10 @@ class Replica:
         """
         return ShardedLoader(loader, self.index, self.num)
 
+    def dealt(self, loader: EpochLoader[Chosen]) -> DealtLoader[Chosen]:
+        """Those of its batches that this replica evaluates, one in D."""
+        return DealtLoader(loader, self.index, self.num)
+
     # -- what the engine asks for ---------------------------------------------------------------
 
     def begin(self, bucket: Tensor) -> _Sum:
@@ -92,16 +96,17 @@ class Replica:
     def evaluate(
         self, infer: Callable[[Tensor], Tensor], loader: EpochLoader[Any], num_classes: int
     ) -> Evaluation:
-        """As `engine.evaluation.evaluate`, of whose batches each replica takes some, one in D.
+        """As `engine.evaluation.evaluate`; each replica takes some of the batches.
 
         Arguments:
             infer: from images to logits, (N, K).
             loader: of whole batches.
             num_classes: K.
         """
-        chosen = loader.crops_of(loader.batches[self.index :: self.num])
-        batches = ((loader.images(crops), labels) for crops, labels in chosen)
-        confusion, loss = tally(infer, batches, num_classes)
+        return self.evaluation(*tally(infer, self.dealt(loader).epoch(), num_classes))
+
+    def evaluation(self, confusion: Tensor, loss: Tensor) -> Evaluation:
+        """Of all replicas' tallies, from this one's; see `engine.evaluation.tally`."""
         return evaluation_of(self.sum(confusion), self.sum(loss))
 
     def agree_to_stop(self, signal: int | None) -> int | None:

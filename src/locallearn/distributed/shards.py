@@ -1,4 +1,4 @@
-"""Each replica's part of every batch.
+"""Each replica's part of every batch, or of the batches.
 
 Shapes: N images of a batch, n of a replica's part of it.
 """
@@ -15,15 +15,63 @@ from locallearn.data.loader import Chosen, EpochLoader
 from locallearn.errors import UserError
 
 
-class ShardedLoader(EpochLoader[Chosen | None], Generic[Chosen]):
+class PartialLoader(EpochLoader[Chosen | None], Generic[Chosen]):
+    """Some parts of a loader's epochs; no image that lies in none of them is read.
+
+    Arguments:
+        loader: of the whole.
+        parts: of the loader's epoch; what comes of an empty one is None, with no labels.
+    """
+
+    def __init__(self, loader: EpochLoader[Chosen], parts: list[slice]) -> None:
+        super().__init__([part.stop for part in parts])
+        self.device = loader.device
+        self._loader = loader
+        self._parts = parts
+
+    @property
+    def num_images(self) -> int:
+        return sum(part.stop - part.start for part in self._parts)
+
+    @property
+    def batches(self) -> list[slice]:
+        return self._parts
+
+    def crops_of(
+        self, parts: Sequence[slice], epoch: int = 0
+    ) -> Iterator[tuple[Chosen | None, Tensor]]:
+        chosen = self._loader.crops_of(_with_images(parts), epoch)
+        for part in parts:
+            yield next(chosen) if part.stop > part.start else (None, self._no_labels())
+
+    def labels_of(self, parts: Sequence[slice], epoch: int = 0) -> Iterator[Tensor]:
+        labels = self._loader.labels_of(_with_images(parts), epoch)
+        for part in parts:
+            yield next(labels) if part.stop > part.start else self._no_labels()
+
+    def images(self, crops: Chosen | None) -> Tensor:
+        return self.no_images() if crops is None else self._loader.images(crops)
+
+    def no_images(self) -> Tensor:
+        return self._loader.no_images()
+
+    def _no_labels(self) -> Tensor:
+        return torch.empty(0, dtype=torch.int64, device=self.device)
+
+
+def _with_images(parts: Sequence[slice]) -> list[slice]:
+    return [part for part in parts if part.stop > part.start]
+
+
+class ShardedLoader(PartialLoader[Chosen]):
     """The batches that one process would have, of which each replica sees a contiguous part.
 
     Order, augmentation and labels are those of the loader. The parts of a batch are as even as
     they can be, the larger ones first. Of a last batch with fewer images than replicas some get
-    none: their part is an empty one.
+    none.
 
     Arguments:
-        loader: of whole batches; no image of the others' parts is read.
+        loader: of whole batches.
         index: of this replica, from 0.
         num: of replicas.
 
@@ -40,37 +88,14 @@ class ShardedLoader(EpochLoader[Chosen | None], Generic[Chosen]):
                 f"of which needs at least one image. Give a larger --batch-size, or start fewer "
                 f"processes."
             )
-        self._parts = [shard(batch, index, num) for batch in loader.batches]
-        super().__init__([batch.stop for batch in loader.batches])
-        self.loader = loader
-        self.device = loader.device
+        super().__init__(loader, [shard(batch, index, num) for batch in loader.batches])
 
-    @property
-    def num_images(self) -> int:
-        """Images of this replica, an epoch."""
-        return sum(part.stop - part.start for part in self._parts)
 
-    @property
-    def batches(self) -> list[slice]:
-        """Where in the epoch the parts of this replica lie."""
-        return self._parts
+class DealtLoader(PartialLoader[Chosen]):
+    """Every ``num``-th batch of a loader, from batch ``index`` on."""
 
-    def crops_of(
-        self, parts: Sequence[slice], epoch: int = 0
-    ) -> Iterator[tuple[Chosen | None, Tensor]]:
-        """As the loader's; None, and no labels, of an empty part."""
-        chosen = self.loader.crops_of([part for part in parts if part.stop > part.start], epoch)
-        for part in parts:
-            if part.stop > part.start:
-                yield next(chosen)
-            else:
-                yield None, torch.empty(0, dtype=torch.int64, device=self.device)
-
-    def images(self, crops: Chosen | None) -> Tensor:
-        return self.no_images() if crops is None else self.loader.images(crops)
-
-    def no_images(self) -> Tensor:
-        return self.loader.no_images()
+    def __init__(self, loader: EpochLoader[Chosen], index: int, num: int) -> None:
+        super().__init__(loader, loader.batches[index::num])
 
 
 def shard(batch: slice, index: int, num: int) -> slice:

@@ -20,7 +20,7 @@ from locallearn.data import (
     load_dataset,
 )
 from locallearn.data.dataset import free_memory_bytes
-from locallearn.data.features import FeatureLoader
+from locallearn.data.loader import EpochLoader
 from locallearn.engine.blocks import freeze, needs_batch, plan_blocks
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
@@ -151,7 +151,7 @@ def build_learner(
         UserError: a model that can't be built, or does not fit the images or the classes.
     """
     network = build_network(settings, inputs, num_classes).to(device)
-    example = _example_input(inputs).to(device)
+    example = example_input(inputs).to(device)
     if is_foreign(settings.model):
         check_logits(settings.model, network, example, num_classes)
         check_logits(settings.model, network, example, num_classes)
@@ -233,11 +233,11 @@ def _count_recognized(settings: TrainConfig, dataset: Dataset) -> tuple[int, int
     plan = plan_blocks(
         model,
         settings.blocks,
-        inputs=_example_input(dataset.inputs),
+        inputs=example_input(dataset.inputs),
         num_classes=dataset.num_classes,
     )
     if settings.trained_blocks != "all":
-        plan = freeze(model, plan, settings.trained_blocks, _example_input(dataset.inputs))
+        plan = freeze(model, plan, settings.trained_blocks, example_input(dataset.inputs))
     sizes = [
         block.view_shape[1:].numel()
         for block in plan.blocks
@@ -246,7 +246,7 @@ def _count_recognized(settings: TrainConfig, dataset: Dataset) -> tuple[int, int
     return len(sizes), sum(sizes)
 
 
-def _example_input(inputs: InputSpec) -> Tensor:
+def example_input(inputs: InputSpec) -> Tensor:
     """A few images of noise, as the network will see them, on the CPU."""
     noise = torch.Generator().manual_seed(0)
     return torch.rand(3, inputs.num_channels, *inputs.image_size, generator=noise)
@@ -307,7 +307,7 @@ def needs_recalibration(settings: TrainConfig) -> bool:
     return is_schedule_free and settings.batch_size >= BATCH_STATISTICS_FROM
 
 
-def recalibrate(learner: LocalLearner, loader: ImageLoader | FeatureLoader, epoch: int = 0) -> None:
+def recalibrate(learner: LocalLearner, loader: EpochLoader[Any], epoch: int = 0) -> None:
     """Re-estimate BatchNorm's running statistics on the first batches of a training epoch."""
     batches = itertools.islice(loader.epoch(epoch), RECALIBRATION_BATCHES)
     # Of a loader for one of several replicas a batch may be empty.

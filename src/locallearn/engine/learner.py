@@ -14,6 +14,7 @@ network) have other steps: see `procedures`. Outside a step the model is an ordi
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 from collections import deque
@@ -252,6 +253,11 @@ class LocalLearner(nn.Module):
     def loss_names(self) -> list[str]:
         """Those of them that have a local loss; none of bp, dfa, drtp and pepita has."""
         return [unit.name for unit in self._units if unit.has_loss]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether each block learns as soon as it has run, from its own output and the label."""
+        return isinstance(self._parts.procedure, LocalUpdates)
 
     @property
     def can_be_graphed(self) -> bool:
@@ -574,6 +580,21 @@ class LocalLearner(nn.Module):
         super().train(state["training"])  # the modules alone: the optimizers' mode was loaded
         self._keep_frozen()
 
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """Within: steps on trial. Afterwards all is as it was before them: what
+        :meth:`training_state` holds, the batches held on to, and torch's random numbers."""
+        state = copy.deepcopy(self.training_state())
+        recent, is_stale = list(self._recent), self._is_stale
+        try:
+            with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+                yield
+        finally:
+            self.load_training_state(state)
+            self._recent.clear()
+            self._recent.extend(recent)
+            self._is_stale = is_stale
+
     def _restore_backend(self, backend: str) -> None:
         """Go on with what the state was made with, where that can run here."""
         reference = next(self.model.parameters(), torch.empty(0))
@@ -601,9 +622,14 @@ class LocalLearner(nn.Module):
     @torch.no_grad()
     def infer(self, images: Inputs) -> Tensor:
         """Logits (N, K), float32, in the modes that the modules are in, which stay so."""
+        return not_below_float32(logits_of(self.run(images)))
+
+    @torch.no_grad()
+    def run(self, images: Inputs) -> Any:
+        """What the model yields, in the modes that the modules are in."""
         images = self._arrange(images)
         with self._frozen_in_slices(), self._autocast(self._device.type):
-            return not_below_float32(logits_of(call_model(self.model, images)))
+            return call_model(self.model, images)
 
     def _before_inference(self) -> None:
         """In evaluation mode, and BatchNorm's statistics with it."""

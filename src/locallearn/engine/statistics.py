@@ -50,11 +50,7 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module, least: int) -> None:
-        self._norms = [
-            module
-            for module in model.modules()
-            if isinstance(module, BatchNorm) and module.running_mean is not None
-        ]
+        self._norms = list(tracked_norms(model).values())
         # Without such layers every batch is large enough.
         self.least = least if self._norms else 1
         self._forwards = {norm: bound_forward(norm) for norm in self._norms}
@@ -199,6 +195,15 @@ class RunningStatistics:
         means = (norm.running_mean for norm in self._norms)
         self._loaded = [mean.clone() for mean in means if mean is not None]
         self._note()
+
+
+def tracked_norms(model: nn.Module) -> dict[str, BatchNorm]:
+    """Name -> layer, of the BatchNorms that keep running statistics, in the order of a state."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm) and module.running_mean is not None
+    }
 
 
 def _horizon(norm: BatchNorm) -> float:

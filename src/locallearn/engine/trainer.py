@@ -12,29 +12,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from locallearn.data import (
-    DataListener,
-    Dataset,
-    ImageLoader,
-    MemoryImages,
-)
-from locallearn.data.features import FeatureLoader, FeatureRows
+from locallearn.data import DataListener, Dataset, MemoryImages
+from locallearn.data.loader import EpochLoader
 from locallearn.engine.building import (
     build_learner,
     check_model,
     choose_run_backend,
     evaluation_loader,
+    example_input,
     load_data,
     needs_recalibration,
-    recalibrate,
     training_loader,
 )
-from locallearn.engine.config import TrainConfig, differing_settings
+from locallearn.engine.config import TrainConfig, differing_settings, flag
 from locallearn.engine.environment import describe_environment
 from locallearn.engine.evaluation import Evaluation, evaluate
 from locallearn.engine.finetuning import (
@@ -56,14 +51,22 @@ from locallearn.engine.run import (
     load_checkpoint,
     save_checkpoint,
 )
+from locallearn.engine.streams import RECALIBRATION, RandomStreams
+from locallearn.engine.sums import EpochSums
+from locallearn.engine.team import Team
 from locallearn.engine.weights import save_weights
 from locallearn.errors import UserError
-from locallearn.kernels import Crops
-from locallearn.rules import rule_package
+from locallearn.models import is_foreign
+from locallearn.rules import LocalRule, rule_package
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 # Steps between looks at the losses for NaN and infinity where looking makes the host wait for
 # the device. On the CPU every step is looked at.
 _CHECK_INTERVAL = 50
+# Settings that say where data lies, and change nothing of what comes of it.
+_PLACES = ("data_dir", "cache")
 
 
 @dataclass(frozen=True)
@@ -116,52 +119,6 @@ class Interrupted(Exception):  # noqa: N818 - no error: the user asked for it
         self.signal_number = signal_number
 
 
-class _EpochSums:
-    """What an epoch adds up, on the device: loss and correct answers of the output and each block.
-
-    Column 0 is the network's output, column i the i-th block.
-    """
-
-    def __init__(self, num_columns: int, device: torch.device) -> None:
-        # MPS has no float64; there the sums are float32.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.loss = torch.zeros(num_columns, dtype=dtype, device=device)
-        self.correct = torch.zeros(num_columns, dtype=torch.int64, device=device)
-        self.num_images = 0
-        self.has_logits = False
-
-    def add(self, losses: Tensor, result: StepResult, labels: Tensor, names: list[str]) -> None:
-        self.loss += losses * len(labels)
-        counts = [(result.logits.argmax(dim=1) == labels).sum()]
-        for name in names:
-            num_correct = result.block_num_correct.get(name)  # None for a rule without logits
-            self.has_logits |= num_correct is not None
-            counts.append(torch.zeros_like(counts[0]) if num_correct is None else num_correct)
-        self.correct += torch.stack(counts)
-        self.num_images += len(labels)
-
-    def mean_loss(self) -> list[float]:
-        return [total / max(1, self.num_images) for total in self.loss.tolist()]
-
-    def accuracy(self) -> list[float]:
-        """Percent."""
-        return [100 * count / max(1, self.num_images) for count in self.correct.tolist()]
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "loss": self.loss.cpu(),
-            "correct": self.correct.cpu(),
-            "num_images": self.num_images,
-            "has_logits": self.has_logits,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.loss.copy_(state["loss"])
-        self.correct.copy_(state["correct"])
-        self.num_images = state["num_images"]
-        self.has_logits = state["has_logits"]
-
-
 class Trainer:
     """Trains what a config says, into a run directory.
 
@@ -169,7 +126,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, dataset: Dataset, run: RunDirectory, observer: Observer
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        run: RunDirectory,
+        observer: Observer,
+        team: Team,
     ) -> None:
         settings = config.settings
         assert settings.epochs is not None
@@ -178,8 +140,8 @@ class Trainer:
         self.settings = settings
         self.run = run
         self.observer = observer
+        self.team = team
         self.num_epochs = settings.epochs
-        self.stop_signal: int | None = None
 
         torch.set_num_threads(settings.num_threads)
         torch.manual_seed(settings.seed)
@@ -206,25 +168,27 @@ class Trainer:
             if (schedule := build_schedule(settings.schedule, optimizer, self.num_epochs))
         }
         self._recalibrates = needs_recalibration(settings)
-        self.train_loader: ImageLoader | FeatureLoader = training_loader(
-            settings, dataset, self.device
-        )
-        if self.train_loader.num_images < 2:
+        whole = training_loader(settings, dataset, self.device)
+        if whole.num_images < 2:
             raise UserError("a training set of one image is too small: give at least two.")
+        self.train_loader: EpochLoader[Any] = whole
         # On CUDA the whole step, augmentation included, is one graph; see `graphs`.
         self._step: Callable[[Any, Tensor], StepResult] = self._plain_step
-        if _may_be_graphed(settings) and can_be_graphed(self.learner):
-            source = self.train_loader.source
+        is_graphed = team.is_alone and _may_be_graphed(settings) and can_be_graphed(self.learner)
+        if is_graphed:
+            source = whole.source
             resident = [source.pixels] if isinstance(source, MemoryImages) else []
             self._step = GraphedStep(self.learner, self._make_batch, resident)
         size = settings.test_batch_size
-        self.test_loader: ImageLoader | FeatureLoader = evaluation_loader(
+        self.test_loader: EpochLoader[Any] = evaluation_loader(
             dataset.test, dataset, size, self.device
         )
-        self.val_loader: ImageLoader | FeatureLoader | None = None
+        self.val_loader: EpochLoader[Any] | None = None
         if dataset.val is not None:
             self.val_loader = evaluation_loader(dataset.val, dataset, size, self.device)
 
+        # A captured graph draws as it was captured to.
+        self._streams = None if is_graphed else _random_streams(settings, self.learner, team)
         self._dataset = dataset
         self._front: TrainingFront | None = None
         self.peak = PeakWatch.of(settings, self.learner, self.device)
@@ -249,6 +213,7 @@ class Trainer:
         out: Path,
         observer: Observer,
         finetuning: FineTuning | None = None,
+        team: Team | None = None,
     ) -> Trainer:
         """A new run in ``out``, which is made once everything else is known to be right.
 
@@ -257,23 +222,27 @@ class Trainer:
             out: the run directory to be.
             observer: is told.
             finetuning: the weights to start from, and the data that was looked at for them.
+            team: the processes that share the work; this one alone where None.
 
         Raises:
             UserError: bad settings or data, a model that can't be built, or a directory that holds
                 a run already.
             OSError: as the file system says.
         """
-        run = RunDirectory(out)
-        run.check_free()
-        settings = settings.resolve()
-        check_model(settings)
-        if finetuning is None:
-            if settings.start_from is not None:
+        run, team = RunDirectory(out), team or Team()
+        with team.together("the check of the settings"):
+            if team.is_first:
+                run.check_free()
+            settings = settings.resolve()
+            check_model(settings)
+            if finetuning is None and settings.start_from is not None:
                 raise UserError("start_from is of `locallearn finetune`, which reads the weights.")
-            dataset = load_data(settings, listener=observer)
+        if finetuning is None:
+            dataset = team.load(lambda: load_data(settings, listener=observer))
         else:
             dataset = finetuning.dataset
-        backend, reason = choose_run_backend(settings, dataset)
+        with team.together("the choice of a backend"):
+            backend, reason = choose_run_backend(settings, dataset)
         settings = replace(settings, backend=backend)
         config = RunConfig(
             settings=settings,
@@ -290,9 +259,13 @@ class Trainer:
                 "backend_reason": reason,
                 **({} if finetuning is None else {"finetune": finetuning.record}),
             },
-            environment=_environment(settings),
+            environment=_environment(settings) | team.describe(),
         )
-        trainer = cls(config, dataset, run, observer)
+        team.agree(_facts(config))
+        config = team.first(lambda: config)
+        with team.together("building the network"):
+            trainer = cls(config, dataset, run, observer, team)
+        trainer._join_team()
         if finetuning is not None:
             loaded = load_start(
                 trainer.learner, finetuning.start, settings, dataset.inputs, dataset.class_names
@@ -302,14 +275,20 @@ class Trainer:
             # What the weights were read from is needed no more, however early the run is stopped.
             run.path.mkdir(parents=True, exist_ok=True)
             trainer._save()
-        run.create(config)
+        with team.together("making the run directory"):
+            if team.is_first:
+                run.create(config)
         for note in dataset.notes:
             observer.on_note(note)
         return trainer
 
     @classmethod
     def resume(
-        cls, directory: Path, observer: Observer, given: dict[str, Any] | None = None
+        cls,
+        directory: Path,
+        observer: Observer,
+        given: dict[str, Any] | None = None,
+        team: Team | None = None,
     ) -> Trainer:
         """An interrupted run, where it was left; from the start if it left no checkpoint.
 
@@ -319,31 +298,44 @@ class Trainer:
             given: settings that the user repeated; they must be the run's own, apart from
                 ``data_dir``, whose data must only have the same content, and ``cache``, which
                 changes nothing but the time it takes.
+            team: the processes that share the work, however many shared it before; this one alone
+                where None. The run's files need be where the first of them is.
 
         Raises:
             UserError: no run directory, other settings (named), other data, another content of the
                 model's file, or a checkpoint that can't be read.
         """
-        run = RunDirectory(directory)
-        config = check_same_settings(run, given or {})
-        checkpoint = load_checkpoint(run.checkpoint_path) if run.checkpoint_path.exists() else None
-        settings = config.settings.resolve()
-        check_model(settings)
-        dataset = load_data(
-            settings,
-            data_dir=(given or {}).get("data_dir"),
-            cache=(given or {}).get("cache"),
-            in_memory=config.data["in_memory"],
-            view=config.inputs,
-            listener=observer,
-        )
-        if dataset.fingerprint() != config.data["fingerprint"]:
-            raise UserError(
-                f"the data of {directory} has changed since it was started "
-                f"(fingerprint {dataset.fingerprint()}, was {config.data['fingerprint']}). "
-                f"Restore it, or start a new run with --out."
+        run, team = RunDirectory(directory), team or Team()
+        config, checkpoint = team.first(lambda: _read_run(run, given or {}))
+        with team.together("the check of the settings"):
+            settings = config.settings.resolve()
+            check_model(settings)
+            if settings.start_from is not None and not team.is_alone:
+                raise UserError(
+                    f"{directory} is of `locallearn finetune`, which trains in one process. Resume "
+                    f"it without torchrun."
+                )
+        dataset = team.load(
+            lambda: load_data(
+                settings,
+                data_dir=(given or {}).get("data_dir"),
+                cache=(given or {}).get("cache"),
+                in_memory=config.data["in_memory"],
+                view=config.inputs,
+                listener=observer,
             )
-        trainer = cls(config, replace(dataset, inputs=config.inputs), run, observer)
+        )
+        with team.together("the check of the data"):
+            if dataset.fingerprint() != config.data["fingerprint"]:
+                raise UserError(
+                    f"the data of {directory} has changed since it was started "
+                    f"(fingerprint {dataset.fingerprint()}, was {config.data['fingerprint']}). "
+                    f"Restore it, or start a new run with --out."
+                )
+        team.agree(_facts(config, environment=_environment(settings)))
+        with team.together("building the network"):
+            trainer = cls(config, replace(dataset, inputs=config.inputs), run, observer, team)
+        trainer._join_team()
         then, now = config.environment, _environment(settings)
         # Of those that were recorded then: an earlier version recorded fewer.
         versions = {name: now["packages"].get(name) for name in then["packages"]}
@@ -373,6 +365,19 @@ class Trainer:
         trainer._skip_front()
         return trainer
 
+    def _join_team(self) -> None:
+        settings, dataset = self.settings, self._dataset
+
+        def twin() -> LocalLearner:
+            with torch.random.fork_rng():
+                return build_learner(
+                    settings, dataset.inputs, dataset.num_classes, device=self.device
+                )
+
+        images = example_input(dataset.inputs).to(self.device)
+        self.team.join(self.learner, settings, twin, images)
+        self.train_loader = self.team.training_loader(self.train_loader)
+
     # -- the loop -------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
@@ -383,59 +388,64 @@ class Trainer:
 
         Raises:
             UserError: a loss that is NaN or infinite.
-            Interrupted: ``stop_signal`` was set; all is saved.
+            Interrupted: :meth:`request_stop` was called; all is saved.
             OSError: as the file system says; the last checkpoint is whole.
         """
         from torch.utils.tensorboard import SummaryWriter
 
         self.observer.on_start(self.config, self.learner, self.run)
-        if self.rows:
-            self.run.write_metrics(self.rows)
-        # What was written of epochs after the checkpoint is purged: they come again.
-        writer = SummaryWriter(str(self.run.tensorboard_path), purge_step=self.epoch + 1)
+        writer = None
+        if self.team.is_first:
+            if self.rows:
+                self.run.write_metrics(self.rows)
+            # What was written of epochs after the checkpoint is purged: they come again.
+            writer = SummaryWriter(str(self.run.tensorboard_path), purge_step=self.epoch + 1)
         skipped = self._front.skipped() if self._front else contextlib.nullcontext()
         try:
-            with skipped:
+            with skipped, self.team.working():
                 self._train_epochs(writer)
         finally:
-            writer.close()
+            if writer is not None:
+                writer.close()
         return self._finish_run()
 
-    def _train_epochs(self, writer: Any) -> None:
+    def _train_epochs(self, writer: SummaryWriter | None) -> None:
         while self.epoch < self.num_epochs:
             self._train_epoch()
             row = self._finish_epoch()
-            for name, value in row.items():
-                if name != "epoch":
-                    writer.add_scalar(_tensorboard_tag(name), value, self.epoch)
-            writer.flush()
+            if writer is not None:
+                for name, value in row.items():
+                    if name != "epoch":
+                        writer.add_scalar(_tensorboard_tag(name), value, self.epoch)
+                writer.flush()
             self.observer.on_epoch(row, self.num_epochs)
-            if self.stop_signal is not None and self.epoch < self.num_epochs:
-                raise Interrupted(self.stop_signal)
+            stop = self.team.stop_at_epoch()
+            if stop is not None and self.epoch < self.num_epochs:
+                raise Interrupted(stop)
 
     def request_stop(self, signal_number: int) -> None:
         """Have :meth:`fit` save everything after this step, and raise Interrupted."""
-        self.stop_signal = signal_number
+        self.team.request_stop(signal_number)
 
     def _train_epoch(self) -> None:
-        names = self.learner.loss_names
         began = time.perf_counter() - self.train_seconds
         interval = 1 if self.device.type == "cpu" else _CHECK_INTERVAL
         for crops, labels in self.train_loader.crops(self.epoch, start=self.step):
+            if self._streams is not None:
+                self._streams.begin(self.epoch, self.step)
             result = self.peak.step(self._step, crops, labels)
-            losses = torch.stack([result.loss, *(result.block_losses[name] for name in names)])
-            self.sums.add(losses, result, labels, names)
+            self._unchecked.append(self.sums.add(result, labels))
             self.step += 1
-            self._unchecked.append(losses)
             if len(self._unchecked) >= interval:
                 self._check_losses()
             self.train_seconds = time.perf_counter() - began
             if self.observer.wants_progress():
                 self.observer.on_progress(self._snapshot())
-            if self.stop_signal is not None and self.step < len(self.train_loader):
+            stop = self.team.stop()
+            if stop is not None and self.step < len(self.train_loader):
                 self._check_losses()
                 self._save()
-                raise Interrupted(self.stop_signal)
+                raise Interrupted(stop)
         self._check_losses()
         self._synchronize()
         self.train_seconds = time.perf_counter() - began
@@ -466,26 +476,27 @@ class Trainer:
         self.test_loader = self._front.test_loader
         self.val_loader = self._front.val_loader
 
-    def _make_batch(self, crops: Crops | FeatureRows, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.train_loader.images(crops), labels  # type: ignore[arg-type] # its own
+    def _make_batch(self, crops: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.train_loader.images(crops), labels
 
-    def _plain_step(self, crops: Crops | FeatureRows, labels: Tensor) -> StepResult:
-        return self.learner.step(*self._make_batch(crops, labels))
+    def _plain_step(self, crops: Any, labels: Tensor) -> StepResult:
+        return self.team.step(*self._make_batch(crops, labels))
 
     def _finish_epoch(self) -> Row:
         """Evaluate, write the row and the checkpoint, and go to the next epoch."""
         epoch = self.epoch + 1
         self.observer.on_evaluation(epoch)
         if self._recalibrates:
-            self.peak.recalibration(
-                lambda: recalibrate(self.learner, self.train_loader, self.epoch)
-            )
+            if self._streams is not None:
+                self._streams.begin(self.epoch, RECALIBRATION)
+            self.peak.recalibration(lambda: self.team.recalibrate(self.train_loader, self.epoch))
         self.learner.eval()
-        test = evaluate(self.peak.infer, self.test_loader, self.learner.num_classes)
+        num_classes = self.learner.num_classes
+        test = self.team.evaluate(self.peak.infer, self.test_loader, num_classes)
         self.evaluations = {"test": test}
         val = None
         if self.val_loader is not None:
-            val = evaluate(self.peak.infer, self.val_loader, self.learner.num_classes)
+            val = self.team.evaluate(self.peak.infer, self.val_loader, num_classes)
             self.evaluations["val"] = val
         if not math.isfinite(test.loss):
             # The losses of the steps are those before each update: the last one can break it.
@@ -494,6 +505,7 @@ class Trainer:
                 f"{self._what_is_kept()} Try a smaller --lr, or --precision fp32."
             )
 
+        self.sums.load(self.team.total(self.sums.state()))
         losses, accuracies = self.sums.mean_loss(), self.sums.accuracy()
         row: Row = {
             "epoch": epoch,
@@ -528,7 +540,8 @@ class Trainer:
         self.epoch, self.step, self.train_seconds = epoch, 0, 0.0
         self.sums = self._new_sums()
         self._save()
-        self.run.write_metrics(self.rows)
+        if self.team.is_first:
+            self.run.write_metrics(self.rows)
         return row
 
     def _keep_best(self, epoch: int, row: Row) -> None:
@@ -550,9 +563,11 @@ class Trainer:
         if self.best is not None:
             self.learner.model.load_state_dict(self.best["model"])
             self.learner.heads.load_state_dict(self.best["heads"])
-        save_weights(self.run.model_path, self.learner, self.config)
+        self.team.collect_weights()
         summary = self._summary()
-        self.run.write_summary(summary)
+        if self.team.is_first:
+            save_weights(self.run.model_path, self.learner, self.config)
+            self.run.write_summary(summary)
         return summary
 
     def _summary(self) -> dict[str, Any]:
@@ -617,8 +632,8 @@ class Trainer:
 
     # -- parts ----------------------------------------------------------------------------------
 
-    def _new_sums(self) -> _EpochSums:
-        return _EpochSums(1 + len(self.learner.loss_names), self.device)
+    def _new_sums(self) -> EpochSums:
+        return EpochSums(self.learner.loss_names, self.device)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -665,6 +680,9 @@ class Trainer:
         return f"The last good checkpoint (epoch {len(self.rows)}) is kept in {self.run.path}."
 
     def _save(self) -> None:
+        learner, sums = self.team.training_state(), self.team.total(self.sums.state())
+        if not self.team.is_first:
+            return
         state = {
             "config": self.config.to_json(),
             "epoch": self.epoch,
@@ -672,8 +690,8 @@ class Trainer:
             "rows": self.rows,
             "train_seconds": self.train_seconds,
             "total_seconds": self.total_seconds,
-            "sums": self.sums.state(),
-            "learner": self.learner.training_state(),
+            "sums": sums,
+            "learner": learner,
             "schedules": {name: s.state_dict() for name, s in self.schedules.items()},
             "best": self.best,
             "peak": self.peak.state(),
@@ -685,8 +703,8 @@ class Trainer:
     def _load_state(self, state: dict[str, Any]) -> None:
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
         self.train_seconds, self.total_seconds = state["train_seconds"], state["total_seconds"]
-        self.sums.load(state["sums"])
-        self.learner.load_training_state(state["learner"])
+        self.sums.load(self.team.own_part(state["sums"]))
+        self.team.load_training_state(state["learner"])
         for name, schedule in self.schedules.items():
             schedule.load_state_dict(state["schedules"][name])
         self.best = state.get("best")  # of earlier versions there is none
@@ -696,6 +714,50 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"])
 
 
+def _read_run(run: RunDirectory, given: dict[str, Any]) -> tuple[RunConfig, dict[str, Any] | None]:
+    """The config and the checkpoint of a run; None where it has none yet."""
+    config = check_same_settings(run, given)
+    has_checkpoint = run.checkpoint_path.exists()
+    return config, load_checkpoint(run.checkpoint_path) if has_checkpoint else None
+
+
+def _facts(config: RunConfig, environment: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What must be the same wherever a part of the run is trained, by what the user calls it.
+
+    Arguments:
+        config: of the run.
+        environment: of this process, where it is not the config's own.
+    """
+    environment = config.environment if environment is None else environment
+    settings = {
+        flag(name): value
+        for name, value in config.settings.to_json().items()
+        if name not in _PLACES
+    }
+    return {
+        **settings,
+        **environment["packages"],
+        "the data": config.data["fingerprint"],
+        "the classes": list(config.class_names),
+    }
+
+
+def _random_streams(
+    settings: TrainConfig, learner: LocalLearner, team: Team
+) -> RandomStreams | None:
+    """Of a network that may draw random numbers in training."""
+    if not is_foreign(settings.model) and not settings.dropout:
+        return None
+    is_local = isinstance(learner.rule, LocalRule)
+    return RandomStreams(
+        learner.model if is_local else None,
+        [unit.modules[0] for unit in learner.units] if is_local else [],
+        seed=settings.seed,
+        replica=team.replica,
+        device=torch.device(settings.device),
+    )
+
+
 def check_same_settings(run: RunDirectory, given: dict[str, Any]) -> RunConfig:
     """The run's config, if the given settings are its own (``data_dir`` and ``cache`` may differ).
 
@@ -703,8 +765,7 @@ def check_same_settings(run: RunDirectory, given: dict[str, Any]) -> RunConfig:
         UserError: names those that are not.
     """
     config = run.read_config()
-    places = ("data_dir", "cache")
-    repeated = {name: value for name, value in given.items() if name not in places}
+    repeated = {name: value for name, value in given.items() if name not in _PLACES}
     differing = differing_settings(config.settings, repeated)
     if differing:
         raise UserError(

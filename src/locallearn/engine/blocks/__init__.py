@@ -2,13 +2,14 @@
 
 `policy` finds the blocks of an unknown model, `choosing` those that a user names; `planning` joins
 both with what `wiring` sees: which parameters learn with which block. `freezing` says what stays as
-it is where only some blocks learn. `layout` says how outputs lie, `recognition` which blocks the
-closed form covers. All of them read a model, from a forward watched by `trace`, and leave it as it
-is.
+it is where only some blocks learn. `cutting` enters a model at one of its modules. `layout` says
+how outputs lie, `recognition` which blocks the closed form covers. All of them read a model, from a
+forward watched by `trace`, and leave it as it is.
 """
 
 from locallearn.engine.blocks.chain import Chain, forwards_through, modules_of
 from locallearn.engine.blocks.choosing import BlockChoice, Blocks, choose, parse_blocks
+from locallearn.engine.blocks.cutting import CannotCut, Cut, Reached, find_cut
 from locallearn.engine.blocks.freezing import freeze, learn_all
 from locallearn.engine.blocks.frozen_runs import FrozenRun, WithoutGraph
 from locallearn.engine.blocks.layout import (
@@ -49,8 +50,10 @@ __all__ = [
     "BlockChoice",
     "BlockPlan",
     "Blocks",
+    "CannotCut",
     "Chain",
     "ClosedForm",
+    "Cut",
     "FrozenRun",
     "Inputs",
     "LatentSize",
@@ -58,6 +61,7 @@ __all__ = [
     "NetworkPlan",
     "NormalizedLayer",
     "Parts",
+    "Reached",
     "WithoutGraph",
     "bound_forward",
     "call_model",
@@ -65,6 +69,7 @@ __all__ = [
     "cut_at_head",
     "evaluating",
     "few",
+    "find_cut",
     "forwards_through",
     "freeze",
     "learn_all",

@@ -1,0 +1,638 @@
+"""Signs of life: who of the processes lives, and what happens when one no longer does.
+
+Every process tells the others twice a second how it is, over the store that torchrun keeps, and
+looks at what they tell. A blocked exchange can't be interrupted, so it is a thread that finds a
+lost rank, says so in one line, and ends the process. What is found first is found for all: it goes
+into the store as the verdict, so that all end for the same reason and one of a host says it.
+
+    beat/RANK     how that rank is, see Beat
+    verdict       the first that any rank found
+    said/HOST     counts those who would say it: the first does
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+from locallearn.distributed.processes import Processes
+from locallearn.engine.trainer import Interrupted
+from locallearn.errors import Silent, UserError
+
+DEAD_AFTER_SECONDS = 10.0
+HANG_AFTER_SECONDS = 600.0
+
+_INTERVAL_SECONDS = 0.5
+_MEETING_SECONDS = 0.05  # between looks, until all are there
+_WRITING_SECONDS = 5.0  # that a file which is being written may still take
+_LEAVING_SECONDS = 5.0  # that the main thread has to end by itself
+_LOAD_BEATS = 10  # that a load is the mean of
+_EXIT_CODE = 1
+
+_STARTING, _COMPUTING, _WAITING, _ENDED = "starting", "computing", "waiting", "ended"
+
+
+class LostRank(UserError):  # noqa: N818 - says what it is
+    """Another process of the training died, hangs, or failed; the training can't go on.
+
+    Arguments:
+        message: which, what it did, and how to go on.
+        rank: that was lost, or None where it is no single one.
+    """
+
+    exit_code = _EXIT_CODE
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+@dataclass(frozen=True)
+class Beat:
+    """How a rank is.
+
+    Arguments:
+        rank: which.
+        count: of its beats.
+        host: it runs on.
+        pid: of its process there.
+        born: when that process started, ticks since the boot; 0 where the system does not tell.
+        doing: computing, waiting, ended, or in words what may take long.
+        waits_for: the rank that it waits for, or None for all.
+        still_seconds: since its main thread last said anything.
+        step: that it is in, or None before the first.
+        loss, accuracy: of the epoch so far, where it knows them.
+        computing_seconds, waiting_seconds: so far.
+        load: share of the last seconds that it did not wait, in [0, 1].
+    """
+
+    rank: int
+    count: int
+    host: str
+    pid: int
+    born: int
+    doing: str = _STARTING
+    waits_for: int | None = None
+    still_seconds: float = 0.0
+    step: int | None = None
+    loss: float | None = None
+    accuracy: float | None = None
+    computing_seconds: float = 0.0
+    waiting_seconds: float = 0.0
+    load: float = 1.0
+
+    @property
+    def has_ended(self) -> bool:
+        return self.doing == _ENDED
+
+    def describe_doing(self) -> str:
+        """ "computing in step 12", "waiting for rank 1 in step 12"."""
+        words = self.doing
+        if self.doing == _WAITING:
+            words += " for the others" if self.waits_for is None else f" for rank {self.waits_for}"
+        return words if self.step is None else f"{words} in step {self.step}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Why the training can't go on.
+
+    Arguments:
+        text: a sentence or two that name the rank.
+        rank: that is lost, or None where it is no single one.
+        is_own: whether that rank found it itself, and says it in its own way.
+    """
+
+    text: str
+    rank: int | None = None
+    is_own: bool = False
+
+
+class Watch:
+    """What the others' beats amount to. It counts the seconds that it was awake itself: a process
+    that was stopped for an hour, and goes on, accuses nobody.
+
+    Arguments:
+        rank: of this process.
+        names: of the ranks, for messages.
+        dead_after: seconds without a new beat that mean death.
+        hang_after: seconds that computing, or everyone's waiting, may last without a word.
+    """
+
+    def __init__(
+        self, rank: int, names: Sequence[str], dead_after: float, hang_after: float
+    ) -> None:
+        self._rank = rank
+        self._names = names
+        self._dead_after = dead_after
+        self._hang_after = hang_after
+        self._counts = [-1] * len(names)
+        self._silent_seconds = [0.0] * len(names)
+
+    def look(
+        self, beats: Mapping[int, Beat], gone: Sequence[int], elapsed_seconds: float
+    ) -> Finding | None:
+        """The first reason to end, if there is one.
+
+        Arguments:
+            beats: the latest of each rank that has given one.
+            gone: ranks whose process is known not to exist any more.
+            elapsed_seconds: since the last look.
+        """
+        for rank in range(len(self._names)):
+            beat = beats.get(rank)
+            if beat is not None and beat.count != self._counts[rank]:
+                self._counts[rank], self._silent_seconds[rank] = beat.count, 0.0
+            else:
+                self._silent_seconds[rank] += min(elapsed_seconds, 2 * _INTERVAL_SECONDS)
+        running = {rank: beat for rank, beat in beats.items() if not beat.has_ended}
+        return self._dead(beats, gone) or self._hung(running) or self._stuck(running)
+
+    def _dead(self, beats: Mapping[int, Beat], gone: Sequence[int]) -> Finding | None:
+        words, first = [], None
+        for rank, silent in enumerate(self._silent_seconds):
+            beat = beats.get(rank)
+            if rank == self._rank or (beat is not None and beat.has_ended):
+                continue
+            if beat is None:
+                if silent < self._dead_after:
+                    continue
+                words.append(f"{self._names[rank]} did not come to the start in {silent:.0f} s")
+            elif rank in gone:
+                words.append(
+                    f"{_whole_name(self._names[rank], beat)} died: its process is gone. It was "
+                    f"{beat.describe_doing()}"
+                )
+            elif silent >= self._dead_after:
+                words.append(
+                    f"{_whole_name(self._names[rank], beat)} has given no sign of life for "
+                    f"{silent:.0f} s: it was killed or stopped, or its machine is gone. It was "
+                    f"{beat.describe_doing()}"
+                )
+            else:
+                continue
+            first = rank if first is None else first
+        return Finding("; ".join(words) + ".", first) if words else None
+
+    def _hung(self, running: Mapping[int, Beat]) -> Finding | None:
+        hung = [
+            beat
+            for beat in running.values()
+            if beat.doing == _COMPUTING and beat.still_seconds >= self._hang_after
+        ]
+        if not hung:
+            return None
+        # The others wait for it, and so came to a standstill later.
+        beat = max(hung, key=lambda each: each.still_seconds)
+        return Finding(
+            f"{_whole_name(self._names[beat.rank], beat)} hangs: it has been "
+            f"{beat.describe_doing()} for {beat.still_seconds:.0f} s. If it needs so long, give a "
+            f"longer --hang-timeout.",
+            beat.rank,
+        )
+
+    def _stuck(self, running: Mapping[int, Beat]) -> Finding | None:
+        still = min((beat.still_seconds for beat in running.values()), default=0.0)
+        all_wait = all(beat.doing == _WAITING for beat in running.values())
+        if not (all_wait and still >= self._hang_after):
+            return None
+        doing = ", ".join(
+            f"rank {rank} is {beat.describe_doing()}" for rank, beat in sorted(running.items())
+        )
+        return Finding(f"all wait for each other since {still:.0f} s: {doing}.")
+
+
+@dataclass
+class _Main:
+    """What the main thread is at; guarded by Pulse's lock."""
+
+    doing: str = _STARTING
+    waits_for: int | None = None
+    since: float = field(default_factory=time.monotonic)  # of what it does
+    spoke: float = field(default_factory=time.monotonic)
+    computing_seconds: float = 0.0
+    waiting_seconds: float = 0.0
+    step: int | None = None
+    loss: float | None = None
+    accuracy: float | None = None
+
+    def turn_to(self, doing: str, waits_for: int | None = None) -> None:
+        self.computing_seconds, self.waiting_seconds = self.seconds()
+        self.since = self.spoke = time.monotonic()
+        self.doing, self.waits_for = doing, waits_for
+
+    def seconds(self) -> tuple[float, float]:
+        """Computing and waiting so far."""
+        now = time.monotonic() - self.since
+        waiting = self.doing == _WAITING
+        return (
+            self.computing_seconds + (0 if waiting else now),
+            self.waiting_seconds + (now if waiting else 0),
+        )
+
+
+class Pulse:
+    """This process's signs of life, and its look at the others'.
+
+    Within ``with``, which begins once all have given a sign, it beats. An error that leaves the
+    ``with`` is this rank's last word: the others end, and say it.
+
+    Arguments:
+        processes: all of them.
+        dead_after: seconds without a sign of life after which a rank is taken for dead.
+        hang_after: seconds that a rank may compute without a word.
+
+    Attributes:
+        remedy: how to go on after a loss; said at the end of the message.
+
+    Raises:
+        LostRank: at the start, one that does not come.
+        Silent: likewise, and another process says it.
+    """
+
+    def __init__(
+        self,
+        processes: Processes,
+        *,
+        dead_after: float = DEAD_AFTER_SECONDS,
+        hang_after: float = HANG_AFTER_SECONDS,
+    ) -> None:
+        self.remedy = ""
+        self._rank = processes.rank
+        self._dead_after = dead_after
+        self._names = [place(processes, rank) for rank in range(processes.num)]
+        self._watch = Watch(self._rank, self._names, dead_after, hang_after)
+        # A connection of its own: an exchange that waits on the other one holds its lock. The
+        # count of restarts, since torchrun may keep the store of the processes that were lost.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = PrefixStore(f"pulse/{attempt}", processes.store.clone())
+        self._store.set_timeout(timedelta(seconds=dead_after))
+        self._keys = [f"beat/{rank}" for rank in range(processes.num)]
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        self._main = _Main()
+        self._host = socket.gethostname()
+        self._parent = os.getppid()
+        self._own = Beat(self._rank, 0, self._host, os.getpid(), _born(os.getpid()) or 0)
+        self._beats: dict[int, Beat] = {}
+        self._loads: deque[tuple[float, float]] = deque(maxlen=_LOAD_BEATS + 1)
+        self._neighbours: dict[int, tuple[int, int]] = {}  # ranks on this machine: pid, born
+
+        self._proposal: Finding | None = None  # what the main thread found
+        self._verdict: Finding | None = None
+        self._is_said = True  # by another than this process
+        self._wake = threading.Event()
+        self._met = threading.Event()
+        self._judged = threading.Event()
+        self._closed = threading.Event()
+        self._main_ends = False  # the main thread is on its way out by itself
+        self._num_ticks_done = 0
+        self._threads = [
+            threading.Thread(target=self._beat_on, name="pulse", daemon=True),
+            threading.Thread(target=self._guard, name="pulse-guard", daemon=True),
+        ]
+
+    def __enter__(self) -> Self:
+        self._main_ends = True  # if one does not come
+        for thread in self._threads:
+            thread.start()
+        self._met.wait()
+        if self._judged.is_set():
+            error = self._error()
+            self.close()
+            raise error
+        self._main_ends = False
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None or isinstance(error, Interrupted):  # on request, and so do the others
+            self.close()
+            return
+        self._main_ends = True
+        if not isinstance(error, LostRank | Silent):
+            self.last_word(_first_line(error))
+        self.close()
+        # Leaving the process groups may block where a rank is lost.
+        threading.Thread(target=self._end_late, args=(_first_line(error),), daemon=True).start()
+
+    # -- the main thread's -----------------------------------------------------------------------
+
+    def note(self, *, step: int, loss: float | None = None, accuracy: float | None = None) -> None:
+        """Say where this rank is: the step that it begins; its loss and accuracy, where known."""
+        with self._lock:
+            self._main.spoke = time.monotonic()
+            self._main.step = step
+            self._main.loss = self._main.loss if loss is None else loss
+            self._main.accuracy = self._main.accuracy if accuracy is None else accuracy
+            if self._main.doing == _STARTING:
+                self._main.turn_to(_COMPUTING)
+
+    @contextlib.contextmanager
+    def waiting(self, for_rank: int | None) -> Iterator[None]:
+        """Within: the main thread waits for that rank, or for all (None), in an exchange.
+
+        Raises:
+            LostRank: the exchange failed; names who is to blame.
+            Silent: likewise, and another process says it.
+        """
+        with self._doing(_WAITING, for_rank):
+            try:
+                yield
+            except RuntimeError as error:  # gloo's and NCCL's own
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise self.blame(error) from error
+
+    def busy(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Within: the main thread is at something that may take any time ("reading the data")."""
+        return self._doing(what)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within: files are written; the process is not ended then, for some seconds."""
+        with self._writing:
+            yield
+
+    def beats(self) -> list[Beat]:
+        """The latest beat of every rank that has given one, by rank."""
+        beats = {**self._beats, self._rank: self._describe()}
+        return [beats[rank] for rank in sorted(beats)]
+
+    def blame(self, error: BaseException) -> LostRank | Silent:
+        """To be raised where an exchange failed: names who is lost. It takes some seconds.
+
+        Arguments:
+            error: the exchange's.
+        """
+        self._main_ends = True
+        self._wake.set()
+        if not self._judged.wait(self._dead_after + 2 * _INTERVAL_SECONDS):
+            waits_for = self._main.waits_for
+            whom = "the others" if waits_for is None else f"rank {waits_for}"
+            ended = [str(beat.rank) for beat in self.beats() if beat.has_ended]
+            others = f"; rank {', '.join(ended)} had ended" if ended else "; all of them answer"
+            self._propose(
+                Finding(
+                    f"{self._names[self._rank]} lost its connection to {whom} "
+                    f"({_first_line(error)}){others}."
+                )
+            )
+        return self._error()
+
+    def last_word(self, text: str) -> None:
+        """This rank fails by itself, and says why in its own way; the others say that it did."""
+        self._main_ends = True
+        name = _whole_name(self._names[self._rank], self._own)
+        self._propose(Finding(f"{name} failed: {text}", self._rank, is_own=True))
+
+    def close(self) -> None:
+        """This rank has finished; it is not missed from here on."""
+        if self._closed.is_set():
+            return
+        with self._lock:
+            self._main.turn_to(_ENDED)
+        self._closed.set()
+        self._wake.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(2 * _INTERVAL_SECONDS)
+
+    @contextlib.contextmanager
+    def _doing(self, what: str, for_rank: int | None = None) -> Iterator[None]:
+        with self._lock:
+            before = self._main.doing, self._main.waits_for
+            self._main.turn_to(what, for_rank)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._main.turn_to(*before)
+
+    def _error(self) -> LostRank | Silent:
+        verdict = self._verdict or self._proposal
+        assert verdict is not None
+        if self._is_said and self._judged.is_set():
+            return Silent(verdict.text, _EXIT_CODE)
+        return LostRank(self._whole(verdict), verdict.rank)
+
+    def _propose(self, finding: Finding) -> None:
+        """Have the thread make it the verdict, unless there is one."""
+        self._proposal = finding
+        self._wake.set()
+        self._judged.wait(4 * _INTERVAL_SECONDS)
+
+    # -- the threads' ----------------------------------------------------------------------------
+
+    def _beat_on(self) -> None:
+        began = time.monotonic()
+        try:
+            while True:
+                self._wake.wait(_INTERVAL_SECONDS if self._met.is_set() else _MEETING_SECONDS)
+                self._wake.clear()
+                closed = self._closed.is_set()
+                now = time.monotonic()
+                finding = self._exchange_beats(now - began)
+                began = now
+                self._num_ticks_done += 1
+                if self._verdict is None and finding is not None:
+                    self._judge(finding)
+                if closed or self._verdict is not None:
+                    return
+        except RuntimeError:  # of the store: it is gone, and with it torchrun, which keeps it
+            if not self._closed.is_set():
+                self._end_without_torchrun("is gone")
+
+    def _exchange_beats(self, elapsed_seconds: float) -> Finding | None:
+        """Write the own beat, read the others', and judge."""
+        self._own = self._describe(self._own.count + 1)
+        self._loads.append((self._own.computing_seconds, self._own.waiting_seconds))
+        self._store.set(self._keys[self._rank], json.dumps(asdict(self._own)))
+        known = [
+            rank
+            for rank, key in enumerate(self._keys)
+            if rank in self._beats or self._store.check([key])
+        ]
+        contents = self._store.multi_get([self._keys[rank] for rank in known])
+        for rank, content in zip(known, contents, strict=True):
+            self._beats[rank] = Beat(**json.loads(content))
+        if self._store.check(["verdict"]):
+            return Finding(**json.loads(self._store.get("verdict")))
+        # The beats that were read are from before the look at the processes, so that one that
+        # ended well in between is not taken for dead: its last beat is read again.
+        finding = self._watch.look(self._beats, self._gone(), elapsed_seconds)
+        if len(self._beats) == len(self._keys):
+            self._met.set()
+        return self._proposal or finding
+
+    def _gone(self) -> list[int]:
+        """Ranks on this machine whose process is no more, and that had not ended before."""
+        gone = []
+        for rank, beat in self._beats.items():
+            if beat.has_ended or rank == self._rank or beat.host != self._host or not beat.born:
+                continue
+            # One host name may be that of several containers with their own process ids: a rank
+            # is watched by its process only once that was seen.
+            alive = _born(beat.pid) == beat.born
+            if alive:
+                self._neighbours[rank] = beat.pid, beat.born
+            elif rank in self._neighbours:
+                last = Beat(**json.loads(self._store.get(self._keys[rank])))
+                self._beats[rank] = last
+                if not last.has_ended:
+                    gone.append(rank)
+        return gone
+
+    def _judge(self, finding: Finding) -> None:
+        """Make it everyone's verdict, or take the one that was there first, and end."""
+        text = self._store.compare_set("verdict", "", json.dumps(asdict(finding)))
+        verdict = Finding(**json.loads(text))
+        first = self._store.add(f"said/{self._host}", 1) == 1
+        own = verdict.is_own and verdict.rank == self._rank
+        self._is_said = own or not first
+        self._verdict = verdict
+        self._kill_stopped()
+        self._judged.set()
+        self._met.set()
+        if not own:  # else the main thread is ending by its own error
+            self._leave(verdict, says_it=first)
+
+    def _leave(self, verdict: Finding, *, says_it: bool) -> None:
+        """End the process, once the main thread had its time to end by itself if it is about to."""
+        if not (self._main_ends and self._closed.wait(_LEAVING_SECONDS)):
+            self._end(verdict, says_it=says_it)
+
+    def _kill_stopped(self) -> None:
+        """End the ranks of this machine that are stopped. They hear no SIGTERM, and torchrun gives
+        them half a minute."""
+        for pid, born in self._neighbours.values():
+            if _born(pid) == born and _state(pid) in ("T", "t"):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _guard(self) -> None:
+        """End the process where torchrun is gone, or its store no longer answers."""
+        silent_seconds, num_ticks = 0.0, -1
+        while not self._closed.wait(_INTERVAL_SECONDS):
+            if os.getppid() != self._parent:
+                self._end_without_torchrun("is gone")
+            if self._judged.is_set() or num_ticks != self._num_ticks_done:
+                silent_seconds, num_ticks = 0.0, self._num_ticks_done
+            else:
+                silent_seconds += _INTERVAL_SECONDS
+            if silent_seconds >= self._dead_after:
+                self._end_without_torchrun(f"has not answered for {silent_seconds:.0f} s")
+
+    def _describe(self, count: int | None = None) -> Beat:
+        with self._lock:
+            main = replace(self._main)
+        computing, waiting = main.seconds()
+        then = self._loads[0] if self._loads else (0.0, 0.0)
+        spent = computing - then[0], waiting - then[1]
+        return replace(
+            self._own,
+            count=self._own.count if count is None else count,
+            doing=main.doing,
+            waits_for=main.waits_for,
+            still_seconds=time.monotonic() - main.spoke,
+            step=main.step,
+            loss=main.loss,
+            accuracy=main.accuracy,
+            computing_seconds=computing,
+            waiting_seconds=waiting,
+            load=spent[0] / sum(spent) if sum(spent) > 0 else 1.0,
+        )
+
+    def _end_without_torchrun(self, what: str) -> None:
+        """torchrun on this host, or the one that keeps the store, is gone: each finds it alone."""
+        says_it = os.environ.get("LOCAL_RANK", "0") == "0"
+        self._is_said = not says_it
+        self._verdict = Finding(
+            f"torchrun, which started {_whole_name(self._names[self._rank], self._own)}, {what}."
+        )
+        self._judged.set()
+        self._met.set()
+        self._leave(self._verdict, says_it=says_it)
+
+    def _whole(self, verdict: Finding) -> str:
+        return f"{verdict.text} {self.remedy}".strip()
+
+    def _end(self, verdict: Finding, *, says_it: bool) -> None:
+        """End this process, with a line where nobody else of this host says it."""
+        self._writing.acquire(timeout=_WRITING_SECONDS)
+        if says_it:
+            _say(f"Error: {self._whole(verdict)}")
+        os._exit(_EXIT_CODE)
+
+    def _end_late(self, text: str) -> None:
+        time.sleep(_LEAVING_SECONDS)
+        _say(f"Error: {self._names[self._rank]} could not leave the others: {text}")
+        os._exit(_EXIT_CODE)
+
+
+def place(processes: Processes, rank: int) -> str:
+    """ "rank 3 (stage 1, replica 1)"; of a single stage, or without replicas, the one of them."""
+    replicas = processes.parallelism.num_replicas
+    words = []
+    if processes.parallelism.num_stages > 1:
+        words.append(f"stage {rank // replicas}")
+    if replicas > 1:
+        words.append(f"replica {rank % replicas}")
+    return f"rank {rank} ({', '.join(words)})" if words else f"rank {rank}"
+
+
+def _whole_name(name: str, beat: Beat) -> str:
+    return f"{name} on {beat.host} (pid {beat.pid})"
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, without the trace that torch appends."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the state on; none where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _state(pid: int) -> str:
+    return (_stat(pid) or [""])[0]
+
+
+def _born(pid: int) -> int | None:
+    """When a living process started, ticks since the boot; None without one, or without /proc."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields and fields[0] not in ("Z", "X") else None
+
+
+def _say(line: str) -> None:
+    """A line on standard error, past Python's buffers: the main thread may hold their locks."""
+    text = " ".join(line.split()) + "\n"
+    if sys.stdout is not None and os.isatty(1):
+        text = "\r\x1b[?25h\x1b[K" + text  # the progress bar hides the cursor
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode(errors="backslashreplace"))

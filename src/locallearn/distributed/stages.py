@@ -1,0 +1,272 @@
+"""What one process of several trains of a network: a contiguous run of its blocks.
+
+    stage 0                      stage 1
+    images -> conv1 -> conv2 ->| conv3 -> linear1 -> classifier
+                               ^ what conv3 reads
+
+A stage begins where its first block does. What lies between two blocks belongs to the stage of the
+first of them, and what lies behind the last block to the last stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locallearn.engine.blocks import CannotCut, Cut, Reached, evaluating, find_cut
+from locallearn.engine.learner import LocalLearner
+from locallearn.engine.statistics import tracked_norms
+from locallearn.errors import UserError
+
+State = dict[str, Any]
+
+_NUM_CHECKED = 4  # images
+
+
+class Spread:
+    """A learner's network, and where it can be cut.
+
+    Arguments:
+        learner: built, of a rule whose blocks need nothing of later ones.
+        images: a few of the shape that it takes.
+
+    Attributes:
+        names: of the blocks, in the order of the forward.
+
+    Raises:
+        UserError: a rule that needs more, or parameters that several blocks read.
+    """
+
+    def __init__(self, learner: LocalLearner, images: Tensor) -> None:
+        if not learner.build(images).is_local:
+            raise UserError(
+                f"--parallel layers is for rules whose blocks learn as soon as they have run; rule "
+                f"{learner.rule.name!r} needs {_needs(learner)}. Use a local rule (lls, lls-mxm, "
+                f"local-losses, drtp, ...), or --parallel data."
+            )
+        assert learner.plan is not None
+        if learner.plan.shared:
+            raise UserError(
+                f"--parallel layers: {', '.join(learner.plan.shared)} is read by several blocks, "
+                f"which must then be in one process. Use --parallel data."
+            )
+        self.learner = learner
+        self._images = images.repeat(_NUM_CHECKED, *[1] * (images.ndim - 1))[:_NUM_CHECKED]
+        self._firsts = {unit.name: unit.modules[0] for unit in learner.units}
+        self._order = _order_of_calls(learner, self._images)
+        self.names = sorted(self._firsts, key=lambda name: self._order[self._firsts[name]])
+        self._cuts: dict[str, Cut | UserError] = {}
+
+    def can_begin_at(self, name: str) -> bool:
+        """Whether a stage after the first can begin at a block."""
+        return isinstance(self._found(name), Cut)
+
+    def cut(self, name: str) -> Cut:
+        """Where a block begins. Raises UserError where the network can't be entered there."""
+        found = self._found(name)
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _found(self, name: str) -> Cut | UserError:
+        if name not in self._cuts:
+            try:
+                self._cuts[name] = self._find(name)
+            except CannotCut as why:
+                self._cuts[name] = UserError(
+                    f"no stage can begin at block {name!r}: {why}. Give other numbers of blocks "
+                    f"(--balance)."
+                )
+        return self._cuts[name]
+
+    def _find(self, name: str) -> Cut:
+        learner, first = self.learner, self._firsts[name]
+        plan = learner.plan
+        assert plan is not None
+        if any(block.reads_loose for block in plan.blocks if block.name == name):
+            raise CannotCut("it learns with parameters that lie in front of it")
+        cut = find_cut(learner.model, lambda m: m is first, self._images, learner.infer)
+        cut.check(self._images, learner.infer)
+        return cut
+
+    def stage(self, number: int, sizes: Sequence[int]) -> Stage:
+        """A stage of a network of which so many blocks are in each."""
+        ends = [sum(sizes[: stage + 1]) for stage in range(len(sizes))]
+        firsts = [self.names[end] for end in ends[:-1]]
+        cuts = [self.cut(name) for name in firsts]
+        owners = self._owners(ends, [self._order[cut.module] for cut in cuts])
+        last = len(sizes) - 1
+        return Stage(
+            self.learner,
+            number,
+            cuts[number - 1] if number > 0 else None,
+            cuts[number] if number < last else None,
+            owners,
+        )
+
+    def _owners(self, ends: Sequence[int], starts: Sequence[int]) -> _Owners:
+        """Whose stage each part of a learner's state is."""
+        learner = self.learner
+        num = len(ends)
+        of_unit = {
+            name: next(stage for stage, end in enumerate(ends) if place < end)
+            for place, name in enumerate(self.names)
+        }
+        # A module is the stage's in which its call first began: never called, the first's.
+        of_module = {
+            name: sum(self._order.get(module, 0) >= start for start in starts)
+            for name, module in learner.model.named_modules()
+        }
+        of_tensor = {key: of_module[key.rpartition(".")[0]] for key in learner.model.state_dict()}
+        names = {id(p): name for name, p in learner.model.named_parameters()}
+        for block, optimizer in learner.optimizers.items():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if id(parameter) in names:
+                        of_tensor[names[id(parameter)]] = of_unit.get(block, num - 1)
+        units = [unit for unit in learner.units if unit.head is not None]
+        of_head = {
+            key: of_unit[units[int(key.partition(".")[0])].name]
+            for key in learner.heads.state_dict()
+        }
+        of_norm = [of_module[name] for name in tracked_norms(learner.model)]
+        of_optimizer = {name: of_unit.get(name, num - 1) for name in learner.optimizers}
+        return _Owners(of_tensor, of_head, of_optimizer, of_norm)
+
+
+@dataclass(frozen=True)
+class _Owners:
+    """Which stage holds each part of a learner's state."""
+
+    of_tensor: dict[str, int]
+    of_head: dict[str, int]
+    of_optimizer: dict[str, int]
+    of_norm: list[int]
+
+    def merged(self, states: Sequence[State]) -> State:
+        """The state of the whole, of those of the stages."""
+        tables = {
+            "model": self.of_tensor,
+            "heads": self.of_head,
+            "optimizers": self.of_optimizer,
+        }
+        whole = dict(states[0])
+        for name, owners in tables.items():
+            whole[name] = {key: states[stage][name][key] for key, stage in owners.items()}
+        counts = [state["statistics"]["counts"] for state in states]
+        columns = [counts[stage][column] for column, stage in enumerate(self.of_norm)]
+        if columns:
+            whole["statistics"] = {"counts": torch.stack(columns)}
+        return whole
+
+    def part(self, state: State, stage: int) -> State:
+        """What a stage has to say of its learner's state."""
+        tables = (
+            ("model", self.of_tensor),
+            ("heads", self.of_head),
+            ("optimizers", self.of_optimizer),
+        )
+        parts = {
+            name: {key: state[name][key] for key, owner in owners.items() if owner == stage}
+            for name, owners in tables
+        }
+        return state | parts
+
+
+class Stage:
+    """A stage of a learner, which in this process learns alone.
+
+    Arguments:
+        learner: the whole.
+        number: of the stage, from 0.
+        entry: where it begins; None of the first.
+        exit: where the next begins; None of the last.
+        owners: see there.
+    """
+
+    def __init__(
+        self,
+        learner: LocalLearner,
+        number: int,
+        entry: Cut | None,
+        exit: Cut | None,
+        owners: _Owners,
+    ) -> None:
+        self.learner = learner
+        self.number = number
+        self.owners = owners
+        self._entry = entry
+        self._exit = exit
+
+    @property
+    def is_first(self) -> bool:
+        return self._entry is None
+
+    @property
+    def is_last(self) -> bool:
+        return self._exit is None
+
+    @contextlib.contextmanager
+    def alone(self, put: Callable[[Tensor], None]) -> Iterator[None]:
+        """Within: the model takes what the stage reads, in place of images, and runs the stage.
+
+        Arguments:
+            put: is given what the next stage reads; the model then yields None.
+        """
+        model = self.learner.model
+        before = model._compiled_call_impl
+        call = before or model._call_impl
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return call(*args, **kwargs)
+            except Reached as reached:
+                put(reached.tensor)
+                return None
+
+        with contextlib.ExitStack() as stack:
+            if self._entry is not None:
+                stack.enter_context(self._entry.entered())
+            if self._exit is not None:
+                stack.enter_context(self._exit.stopping())
+            model._compiled_call_impl = run
+            try:
+                yield
+            finally:
+                model._compiled_call_impl = before
+
+    def keep_own_state(self) -> None:
+        """Forget the optimizers' state of what other stages train."""
+        for name, optimizer in self.learner.optimizers.items():
+            if self.owners.of_optimizer[name] != self.number:
+                optimizer.state.clear()
+
+
+def _order_of_calls(learner: LocalLearner, images: Tensor) -> dict[nn.Module, int]:
+    """Module -> when its call first began."""
+    order: dict[nn.Module, int] = {}
+
+    def begin(module: nn.Module, args: Any) -> None:
+        order.setdefault(module, len(order))
+
+    handles = [module.register_forward_pre_hook(begin) for module in learner.model.modules()]
+    try:
+        with evaluating(learner.model):
+            learner.infer(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def _needs(learner: LocalLearner) -> str:
+    return {
+        "global error": "the error at the network's output",
+        "two forwards": "a second forward of the whole network",
+        "end to end": "gradients through every later block",
+    }.get(str(learner.rule.requires), str(learner.rule.requires))

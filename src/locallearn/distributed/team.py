@@ -1,0 +1,282 @@
+"""The processes that share a training, as its loop sees them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from locallearn.data.loader import EpochLoader
+from locallearn.distributed.agreement import agree, together
+from locallearn.distributed.balance import balanced, parse_balance
+from locallearn.distributed.links import Inbox, Outbox
+from locallearn.distributed.processes import Processes
+from locallearn.distributed.pulse import Pulse
+from locallearn.distributed.receiving import ReceivingLoader
+from locallearn.distributed.stages import Spread, State
+from locallearn.engine.block_costs import measure_block_costs
+from locallearn.engine.building import recalibrate
+from locallearn.engine.config import TrainConfig
+from locallearn.engine.evaluation import Evaluation, evaluate
+from locallearn.engine.learner import LocalLearner
+from locallearn.engine.results import StepResult
+from locallearn.engine.team import Team
+from locallearn.errors import UserError
+
+Made = TypeVar("Made")
+
+_LOOK_SECONDS = 0.5  # between looks whether another process was asked to stop
+_STOP_KEY = "stop"
+
+
+class ProcessTeam(Team):
+    """One of several processes: it trains a stage of the network.
+
+    Arguments:
+        processes: all that have joined.
+        pulse: its signs of life.
+        balance: "2,3,1", blocks of each stage; None measures, and balances by time.
+    """
+
+    is_alone = False
+
+    def __init__(self, processes: Processes, pulse: Pulse, *, balance: str | None = None) -> None:
+        self._processes = processes
+        self._pulse = pulse
+        self._balance = balance
+        self._sizes: tuple[int, ...] = ()
+        self._own_request: int | None = None
+        self._stop: int | None = None
+        self._looked = 0.0
+        self._num_elements_before = 0  # values that were made before all processes went on
+
+    @property
+    def is_first(self) -> bool:  # type: ignore[override]
+        return self._processes.rank == 0
+
+    @property
+    def replica(self) -> int:  # type: ignore[override]
+        return self._processes.replica
+
+    # -- the start ------------------------------------------------------------------------------
+
+    def together(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return together(self._processes, what)
+
+    def first(self, make: Callable[[], Made]) -> Made:
+        made: list[Any] = [None]
+        with self.together("reading the run"):
+            if self.is_first:
+                made[0] = make()
+        with self._pulse.waiting(None):
+            dist.broadcast_object_list(made, src=0, group=self._processes.control)
+        return made[0]  # type: ignore[no-any-return]
+
+    def load(self, make: Callable[[], Made]) -> Made:
+        made: list[Made] = []
+        for is_turn in (self._processes.is_first_of_host, not self._processes.is_first_of_host):
+            with self.together("loading the data"):
+                if is_turn:
+                    made.append(make())
+        return made[0]
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        agree(self._processes, facts)
+
+    def describe(self) -> dict[str, Any]:
+        return {"parallel": str(self._processes.parallelism)}
+
+    def join(
+        self,
+        learner: LocalLearner,
+        settings: TrainConfig,
+        twin: Callable[[], LocalLearner],
+        images: Tensor,
+    ) -> None:
+        self._learner = learner
+        parallelism = self._processes.parallelism
+        with self.together("cutting the network into stages"):
+            spread = Spread(learner, images)
+            if parallelism.num_stages > len(spread.names):
+                raise UserError(
+                    f"--parallel {parallelism} has {parallelism.num_stages} stages, and "
+                    f"{settings.model} has only {len(spread.names)} blocks. Use fewer stages, or "
+                    f"--parallel layers:{len(spread.names)},data."
+                )
+            if self._balance is not None:
+                self._sizes = parse_balance(
+                    self._balance, len(spread.names), parallelism.num_stages
+                )
+        if not self._sizes:
+            self._sizes = self.first(lambda: self._measured_sizes(spread, settings, twin, images))
+        with self.together("cutting the network into stages"):
+            self._stage = spread.stage(self._processes.stage, self._sizes)
+        place, replica = self._processes.stage, self._processes.replica
+        if not self._stage.is_first:
+            sender = self._processes.rank_of(place - 1, replica)
+            self._inbox = Inbox(self._processes, sender, self._pulse.waiting, images.device)
+        if not self._stage.is_last:
+            receiver = self._processes.rank_of(place + 1, replica)
+            self._outbox = Outbox(self._processes, receiver, self._pulse.waiting)
+
+    def _measured_sizes(
+        self,
+        spread: Spread,
+        settings: TrainConfig,
+        twin: Callable[[], LocalLearner],
+        images: Tensor,
+    ) -> tuple[int, ...]:
+        """Balanced by the time that blocks take here, on noise of the batch's size."""
+        num_stages = self._processes.parallelism.num_stages
+        if num_stages == 1:
+            return (len(spread.names),)
+        num = -(-settings.batch_size // self._processes.parallelism.num_replicas)
+        batch = torch.randn(num, *images.shape[1:], device=images.device)
+        labels = torch.arange(num, device=images.device) % spread.learner.num_classes
+        measured = measure_block_costs(twin(), batch, labels)
+        costs = {cost.name: cost.step_ms for cost in measured}
+        times = [costs[name] for name in spread.names]
+        times[-1] += costs.get("", 0.0)  # the output layer goes with the last block
+        allowed = [spread.can_begin_at(name) for name in spread.names]
+        return balanced(times, num_stages, allowed=allowed)
+
+    # -- training -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        with self._stage.alone(self._put):
+            yield
+
+    def _put(self, tensor: Tensor) -> None:
+        self._outbox.put(tensor)
+
+    def training_loader(self, loader: EpochLoader[Any]) -> EpochLoader[Any]:
+        return loader if self._stage.is_first else ReceivingLoader(loader, self._inbox)
+
+    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+        self._stop = self._request() if self._stage.is_first else self._inbox.flag or None
+        if self._stage.is_last:
+            return self._learner.step(images, labels)
+        self._outbox.flag = self._stop or 0
+        with self._learner.local_step(labels) as local:
+            self._learner.model(images)
+        return StepResult(
+            logits=torch.empty(0, self._learner.num_classes, device=labels.device),
+            loss=torch.zeros((), device=labels.device),
+            block_losses=local.block_losses,
+            block_logits=local.block_logits,
+            block_num_correct=local.block_num_correct,
+        )
+
+    def request_stop(self, signal_number: int) -> None:
+        self._own_request = signal_number
+
+    def _request(self) -> int | None:
+        """Whether this process, or, as far as it has been seen, another was asked to stop."""
+        now = time.monotonic()
+        if self._own_request is None and now - self._looked > _LOOK_SECONDS:
+            self._looked = now
+            if self._processes.store.check([_STOP_KEY]):
+                self._own_request = int(self._processes.store.get(_STOP_KEY))
+        return self._own_request
+
+    def stop(self) -> int | None:
+        return self._stop
+
+    def stop_at_epoch(self) -> int | None:
+        requested = torch.tensor(self._own_request or self._stop or 0)
+        with self._pulse.waiting(None):
+            dist.all_reduce(requested, dist.ReduceOp.MAX, group=self._processes.control)
+        return int(requested) or None
+
+    # -- between epochs -------------------------------------------------------------------------
+
+    def total(self, sums: State) -> State:
+        parts = self._gathered(sums, at_all=True)
+        return {
+            # Columns of other stages are zero, so that nothing is rounded.
+            "loss": torch.stack([part["loss"] for part in parts]).sum(0),
+            "correct": torch.stack([part["correct"] for part in parts]).sum(0),
+            "num_images": sum(
+                part["num_images"]
+                for rank, part in enumerate(parts)
+                if rank < self._processes.parallelism.num_replicas
+            ),
+            "has_logits": any(part["has_logits"] for part in parts),
+        }
+
+    def own_part(self, sums: State) -> State:
+        if self._processes.rank == 0:
+            return sums
+        is_first_stage = self._stage.is_first
+        return sums | {
+            "loss": torch.zeros_like(sums["loss"]),
+            "correct": torch.zeros_like(sums["correct"]),
+            "num_images": 0 if is_first_stage else sums["num_images"],
+        }
+
+    def recalibrate(self, loader: EpochLoader[Any], epoch: int) -> None:
+        if self._stage.is_first:
+            recalibrate(self._learner, loader, epoch)
+        else:
+            self._learner.recalibrate(self._inbox.sequence())
+        if not self._stage.is_last:
+            self._outbox.end()
+
+    def evaluate(
+        self, infer: Callable[[Tensor], Tensor], loader: EpochLoader[Any], num_classes: int
+    ) -> Evaluation:
+        if not self._stage.is_first:
+            loader = ReceivingLoader(loader, self._inbox)
+        found: list[Any] = [None]
+        if self._stage.is_last:
+            found[0] = evaluate(infer, loader, num_classes)
+        else:
+            for images, _ in loader.epoch():
+                self._learner.run(images)
+        last = self._processes.rank_of(self._processes.parallelism.num_stages - 1, 0)
+        with self._pulse.waiting(last):
+            dist.broadcast_object_list(found, src=last, group=self._processes.control)
+        return found[0]  # type: ignore[no-any-return]
+
+    def training_state(self) -> State | None:
+        state = _on_host(self._learner.training_state())
+        parts = self._gathered(self._stage.owners.part(state, self._stage.number))
+        if not parts:
+            return None
+        stages = parts[:: self._processes.parallelism.num_replicas]
+        whole = self._stage.owners.merged(stages)
+        begun = self._num_elements_before
+        whole["num_elements"] = begun + sum(part["num_elements"] - begun for part in stages)
+        return whole
+
+    def load_training_state(self, state: State) -> None:
+        self._learner.load_training_state(state)
+        self._stage.keep_own_state()
+        self._num_elements_before = state["num_elements"]
+
+    def collect_weights(self) -> None:
+        state = self.training_state()
+        if state is not None:
+            self._learner.model.load_state_dict(state["model"])
+            self._learner.heads.load_state_dict(state["heads"])
+
+    def _gathered(self, value: State, *, at_all: bool = False) -> list[State]:
+        """By rank; at others than the first nothing, unless asked."""
+        parts: list[Any] = [None] * self._processes.num
+        control = self._processes.control
+        with self._pulse.waiting(None):
+            if at_all:
+                dist.all_gather_object(parts, value, group=control)
+                return parts
+            dist.gather_object(value, parts if self.is_first else None, dst=0, group=control)
+        return parts if self.is_first else []
+
+
+def _on_host(state: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), state)

@@ -1,0 +1,139 @@
+"""What a training loop asks of the processes that it shares its work with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from locallearn.data.loader import EpochLoader
+from locallearn.engine.building import recalibrate
+from locallearn.engine.config import TrainConfig
+from locallearn.engine.evaluation import Evaluation, evaluate
+from locallearn.engine.learner import LocalLearner
+from locallearn.engine.results import StepResult
+
+Made = TypeVar("Made")
+State = dict[str, Any]
+
+
+class Team:
+    """One process that trains the whole network by itself; `distributed` has those of several.
+
+    Everything here is called by all processes in the same order, but for :meth:`request_stop`.
+    """
+
+    is_first = True
+    """Whether it writes the run's files and tells the user; one of several does."""
+    is_alone = True
+    replica = 0
+    """Which of the copies of its stage it trains."""
+
+    # -- the start ------------------------------------------------------------------------------
+
+    def together(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Within: what one process raises is raised at all. No exchange may lie within.
+
+        Arguments:
+            what: is being done, for those who wait in vain for another.
+        """
+        return contextlib.nullcontext()
+
+    def first(self, make: Callable[[], Made]) -> Made:
+        """What the first process makes, given to all; what it raises is raised at all."""
+        return make()
+
+    def load(self, make: Callable[[], Made]) -> Made:
+        """What each process makes for itself; of those of a host one before the others, which then
+        find what it has downloaded or decoded."""
+        return make()
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Raises UserError, at all, where they differ between processes; names them."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the run's record says of how the work is spread; nothing of one process."""
+        return {}
+
+    def join(
+        self,
+        learner: LocalLearner,
+        settings: TrainConfig,
+        twin: Callable[[], LocalLearner],
+        images: Tensor,
+    ) -> None:
+        """Take up this process's part of a learner, which stays so to the end of the training.
+
+        Arguments:
+            learner: built in every process alike, and not trained yet.
+            settings: resolved.
+            twin: makes another such, to measure on.
+            images: a few of the shape that it takes.
+
+        Raises:
+            UserError: it can't be spread so.
+        """
+        self._learner = learner
+
+    # -- training -------------------------------------------------------------------------------
+
+    def working(self) -> contextlib.AbstractContextManager[None]:
+        """Around the whole training."""
+        return contextlib.nullcontext()
+
+    def training_loader(self, loader: EpochLoader[Any]) -> EpochLoader[Any]:
+        """From the loader of the whole batches to that of this process's part of them."""
+        return loader
+
+    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+        """A training step of this process's part. Of a result, what other processes make is left
+        out: ``logits`` are then (0, K), and the loss zero."""
+        return self._learner.step(images, labels)
+
+    def request_stop(self, signal_number: int) -> None:
+        """All are to stop after some step; called at any moment, in any process."""
+        self._requested = signal_number
+
+    _requested: int | None = None
+
+    def stop(self) -> int | None:
+        """After a step: the signal that all processes stop after this very step for, or None."""
+        return self._requested
+
+    def stop_at_epoch(self) -> int | None:
+        """The same, after an epoch."""
+        return self._requested
+
+    # -- between epochs -------------------------------------------------------------------------
+
+    def total(self, sums: State) -> State:
+        """The state of all processes' `EpochSums` together, from that of each."""
+        return sums
+
+    def own_part(self, sums: State) -> State:
+        """The counterpart: what this process goes on from, so that the total is that."""
+        return sums
+
+    def recalibrate(self, loader: EpochLoader[Any], epoch: int) -> None:
+        """As :func:`building.recalibrate`."""
+        recalibrate(self._learner, loader, epoch)
+
+    def evaluate(
+        self, infer: Callable[[Tensor], Tensor], loader: EpochLoader[Any], num_classes: int
+    ) -> Evaluation:
+        """As :func:`evaluation.evaluate`; the same at all processes."""
+        return evaluate(infer, loader, num_classes)
+
+    def training_state(self) -> State | None:
+        """Of the whole network, as :meth:`LocalLearner.training_state`, at the first process."""
+        return self._learner.training_state()
+
+    def load_training_state(self, state: State) -> None:
+        """The counterpart, at every process."""
+        self._learner.load_training_state(state)
+
+    def collect_weights(self) -> None:
+        """Have the first process's learner hold the weights of the whole network, as they are in
+        the learners' present mode."""
