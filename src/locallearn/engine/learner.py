@@ -18,7 +18,7 @@ import copy
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,12 +52,12 @@ from locallearn.engine.optimizers import (
 )
 from locallearn.engine.pooling import pooled
 from locallearn.engine.procedures import LocalUpdates, logits_of
-from locallearn.engine.procedures.base import not_below_float32
+from locallearn.engine.procedures.base import Outcome, not_below_float32
 from locallearn.engine.processes import check_one_process
 from locallearn.engine.reduction import GradientReduction
 from locallearn.engine.results import LocalStep, StepResult
 from locallearn.engine.statistics import BATCH_STATISTICS_FROM, RunningStatistics
-from locallearn.engine.units import BlockUnit, GenericUnit
+from locallearn.engine.units import BlockUnit, GenericUnit, UnitSignal
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend, missing_for
 from locallearn.rules import Backprop, Requirement, Rule, build_rule
@@ -774,6 +774,33 @@ class LocalLearner(nn.Module):
         Raises:
             UserError: labels of another shape or type than said above.
         """
+
+        def procedure(images: Inputs, labels: Tensor) -> Outcome:
+            return self._parts.procedure(self._arrange(images), labels)
+
+        return self._checked_step(images, labels, procedure)
+
+    def step_blocks(self, images: Inputs, labels: Tensor) -> StepResult:
+        """As :meth:`step`, of a model that ends before its output, as a stage of several does: the
+        blocks that run learn. ``logits`` are (0, K), and the loss is zero.
+
+        Raises:
+            UserError: as :meth:`local_step`.
+        """
+        local = self._local_procedure("step_blocks")
+
+        def procedure(images: Inputs, labels: Tensor) -> Outcome:
+            signals: dict[str, UnitSignal] = {}
+            with local.learning(labels, signals):
+                call_model(self.model, images)
+            zeros = torch.zeros((1, self.num_classes), device=labels.device)
+            return Outcome(zeros[:0], zeros[0, 0], signals)
+
+        return self._checked_step(images, labels, procedure)
+
+    def _checked_step(
+        self, images: Inputs, labels: Tensor, procedure: Callable[[Inputs, Tensor], Outcome]
+    ) -> StepResult:
         is_replica = self._settings.updates.reduction is not None
         num_images = 0 if is_replica and len(labels) == 0 else num_inputs(images)
         if labels.ndim != 1 or labels.dtype != torch.int64 or len(labels) != num_images:
@@ -785,53 +812,63 @@ class LocalLearner(nn.Module):
         if not self.training:
             self.train()
         self._keep_frozen()
-        images = self._arrange(images)
         with self._on_device():
             if num_images == 0:
-                return self._step_without_images(images, labels)
-            return self._step(images, labels)
+                return self._step_without_images(images, labels, procedure)
+            outcome = self._step(images, labels, procedure, num_images=num_images)
+        self._end_step(images)
+        return _result_of(outcome)
 
-    def _step_without_images(self, images: Inputs, labels: Tensor) -> StepResult:
+    def _step_without_images(
+        self, images: Inputs, labels: Tensor, procedure: Callable[[Inputs, Tensor], Outcome]
+    ) -> StepResult:
         """The updates of the other replicas. It runs on zeros, which count for nothing: so every
         sum is begun here too, whatever the model does, and in the order of its forward."""
         zeros = tree_map_only(Tensor, lambda t: t.new_zeros((2, *t.shape[1:])), images)
-        result = self._step(zeros, labels.new_zeros(2), num_images=0)
+        outcome = self._step(zeros, labels.new_zeros(2), procedure, num_images=0)
 
-        def nothing(table: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: torch.zeros_like(value) for name, value in table.items()}
+        def nothing(value: Tensor | None) -> Tensor | None:
+            return None if value is None else torch.zeros_like(value)
 
-        return StepResult(
-            logits=result.logits[:0],
-            loss=torch.zeros_like(result.loss),
-            block_losses=nothing(result.block_losses),
-            block_logits={name: logits[:0] for name, logits in result.block_logits.items()},
-            block_num_correct=nothing(result.block_num_correct),
-        )
+        signals = {
+            name: UnitSignal(
+                nothing(signal.loss),
+                None if signal.logits is None else signal.logits[:0],
+                nothing(signal.num_correct),
+            )
+            for name, signal in outcome.signals.items()
+        }
+        return _result_of(Outcome(outcome.logits[:0], torch.zeros_like(outcome.loss), signals))
 
-    def _step(self, images: Inputs, labels: Tensor, *, num_images: int | None = None) -> StepResult:
-        num_images = len(labels) if num_images is None else num_images
+    def _step(
+        self,
+        images: Inputs,
+        labels: Tensor,
+        procedure: Callable[[Inputs, Tensor], Outcome],
+        *,
+        num_images: int,
+    ) -> Outcome:
         try:
             with (
                 torch.enable_grad(),
                 self._autocast(self._device.type),
                 self._normalizing(len(labels), num_images),
             ):
-                logits, loss, signals = self._parts.procedure(images, labels)
+                outcome = procedure(images, labels)
                 self._settings.updates.finish()
         except BaseException:
             self._abandon()
             raise
-        if num_images:
-            self._end_step(images)
-        local = LocalStep()
-        local.signals = signals
-        return StepResult(
-            logits=logits,
-            loss=loss,
-            block_losses=local.block_losses,
-            block_logits=local.block_logits,
-            block_num_correct=local.block_num_correct,
-        )
+        return outcome
+
+    def _local_procedure(self, method: str) -> LocalUpdates:
+        procedure = self._parts.procedure
+        if not isinstance(procedure, LocalUpdates):
+            raise UserError(
+                f"{method} is for rules whose blocks learn as soon as they have run; rule "
+                f"{self.rule.name!r} needs {self.rule.requires}. Call step(images, labels)."
+            )
+        return procedure
 
     @contextlib.contextmanager
     def local_step(self, labels: Tensor) -> Iterator[LocalStep]:
@@ -857,12 +894,7 @@ class LocalLearner(nn.Module):
             UserError: a rule whose blocks need more than their own output and the label, or blocks
                 that are still to be found (:meth:`build`).
         """
-        procedure = self._parts.procedure
-        if not isinstance(procedure, LocalUpdates):
-            raise UserError(
-                f"local_step is for rules whose blocks learn as soon as they have run; rule "
-                f"{self.rule.name!r} needs {self.rule.requires}. Call step(images, labels)."
-            )
+        procedure = self._local_procedure("local_step")
         if self._settings.updates.reduction is not None:
             raise UserError(
                 "local_step leaves what lies in no block to its caller, whose gradients are not "
@@ -950,6 +982,18 @@ class LocalLearner(nn.Module):
         if not self.channels_last:
             return images
         return tree_map_only(Tensor, in_channels_last, images)
+
+
+def _result_of(outcome: Outcome) -> StepResult:
+    local = LocalStep()
+    local.signals = outcome.signals
+    return StepResult(
+        logits=outcome.logits,
+        loss=outcome.loss,
+        block_losses=local.block_losses,
+        block_logits=local.block_logits,
+        block_num_correct=local.block_num_correct,
+    )
 
 
 def is_checkpointing(rule: Rule) -> bool:
