@@ -4,8 +4,8 @@ the same, bit for bit?
     python benchmarks/bit_identity.py --data-dir DIRECTORY --out FILE.json
 
 Each case trains one epoch of 50 steps on real images (a directory with train/CLASS and test/CLASS),
-with dropout and augmentation, in one process of one thread and in 2, 3 and 4 such processes, through
-the command line and torchrun, and compares checkpoints, final weights and logged figures.
+with dropout and augmentation, in one process of one thread and in 2, 3 and 4 such processes,
+through the command line and torchrun, and compares checkpoints, final weights and logged figures.
 """
 
 from __future__ import annotations

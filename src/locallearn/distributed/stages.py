@@ -252,6 +252,18 @@ class Stage:
                 optimizer.state.clear()
 
 
+def whole(learner: LocalLearner) -> Stage:
+    """The only stage of a network that is not cut, whatever its rule."""
+    optimizers, norms = learner.optimizers, tracked_norms(learner.model)
+    owners = _Owners(
+        of_tensor=dict.fromkeys(learner.model.state_dict(), 0),
+        of_head=dict.fromkeys(learner.heads.state_dict(), 0),
+        of_optimizer=dict.fromkeys(optimizers, 0),
+        of_norm=[0] * len(norms),
+    )
+    return Stage(learner, 0, None, None, owners)
+
+
 def _order_of_calls(learner: LocalLearner, images: Tensor) -> dict[nn.Module, int]:
     """Module -> when its call first began."""
     order: dict[nn.Module, int] = {}
