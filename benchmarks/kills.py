@@ -41,7 +41,7 @@ from locallearn.engine.run import RunDirectory
 
 NUM_EPOCHS = 6
 # As the documentation states them, from the kill to the last process' end.
-STATED_SECONDS = {"killed": 15.0, "stopped": 25.0, "torchrun killed": 15.0, "at the start": 90.0}
+STATED_SECONDS = {"killed": 15.0, "stopped": 30.0, "torchrun killed": 15.0, "at the start": 90.0}
 GIVE_UP_SECONDS = 300.0
 _LOOK_SECONDS = 0.02
 _TIME_COLUMNS = ("images_per_second", "step_time_ms")
@@ -67,6 +67,7 @@ class Kill:
 
     Attributes:
         seconds: until the last process was gone.
+        line_seconds: until the line was there that says who was lost.
         lines: that the run's processes said of it.
         in_start: it came before the first step.
         missed: the run had ended before.
@@ -82,6 +83,7 @@ class Kill:
     delay_seconds: float
     go_on: str
     seconds: float = 0.0
+    line_seconds: float = 0.0
     lines: list[str] = field(default_factory=list)
     in_start: bool = False
     missed: bool = False
@@ -136,9 +138,11 @@ def _num_processes(layout: str) -> int:
 class Job:
     """torchrun and the processes that it has started."""
 
-    def __init__(self, work: Path, num: int, arguments: Sequence[str], restarts: int = 0) -> None:
+    def __init__(
+        self, work: Path, name: str, num: int, arguments: Sequence[str], restarts: int = 0
+    ) -> None:
         self.num = num
-        self.out, self.err = work / "out.txt", work / "err.txt"
+        self.out, self.err = work / f"{name}.out.txt", work / f"{name}.err.txt"
         command = [sys.executable, "-m", "locallearn", "train", *arguments]
         if num > 1:
             start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num)]
@@ -203,7 +207,7 @@ def do(kill: Kill, work: Path) -> Path:
     num = _num_processes(kill.layout)
     train = [*SETTINGS, "--parallel", kill.layout, "--out", str(run)]
     restarts = int(kill.go_on == "restart")
-    job = Job(work, num, train, restarts)
+    job = Job(work, "killed", num, train, restarts)
     kill.missed = not job.wait_for_epoch(kill.after_epoch)
     time.sleep(kill.delay_seconds)
     pids = job.ranks()
@@ -218,6 +222,8 @@ def do(kill: Kill, work: Path) -> Path:
     watched = list(pids.values()) if restarts else [*pids.values(), job.agent.pid]
     while any(_stat(pid) for pid in watched):
         job.agent.poll()
+        if not kill.line_seconds and job.lines():
+            kill.line_seconds = time.monotonic() - began
         if time.monotonic() - began > GIVE_UP_SECONDS:
             kill.wrong.append("did not end")
             for pid in watched:
@@ -263,7 +269,7 @@ def _go_on(kill: Kill, work: Path, run: Path, train: Sequence[str]) -> None:
         arguments = ["--resume", str(run), *(["--parallel", f"layers:{num}"] if num > 1 else [])]
     if not RunDirectory(run).config_path.exists():
         num, arguments = _num_processes(kill.layout), list(train)  # there is no run yet
-    job = Job(work, num, arguments)
+    job = Job(work, "resumed", num, arguments)
     if job.wait() != 0:
         kill.wrong.append(f"could not go on: {job.err.read_text()[-1000:]}")
 
@@ -286,7 +292,7 @@ def reference(layout: str, work: Path) -> Path:
         if one.num_processes > 1:
             arguments += ["--parallel", str(one)]
         work.mkdir(parents=True, exist_ok=True)
-        job = Job(work, one.num_processes, arguments)
+        job = Job(work, "undisturbed", one.num_processes, arguments)
         if job.wait() != 0:
             raise SystemExit(f"the undisturbed run failed: {job.err.read_text()[-2000:]}")
     return path
@@ -313,7 +319,7 @@ def describe(kill: Kill) -> str:
         return f"{what} had ended before"
     start = " (start)" if kill.in_start else ""
     same = "the same" if not kill.wrong else "WRONG: " + "; ".join(kill.wrong)
-    return f"{what} {kill.seconds:5.1f} s{start}  {same}"
+    return f"{what} {kill.line_seconds:5.1f} s {kill.seconds:5.1f} s{start}  {same}"
 
 
 def summarise(kills: Sequence[Kill]) -> dict[str, Any]:
