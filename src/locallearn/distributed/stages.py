@@ -47,8 +47,9 @@ class Spread:
         if not learner.build(images).is_local:
             raise UserError(
                 f"--parallel layers is for rules whose blocks learn as soon as they have run; rule "
-                f"{learner.rule.name!r} needs {_needs(learner)}. Use a local rule (lls, lls-mxm, "
-                f"local-losses, drtp, ...), or --parallel data."
+                f"{learner.rule.name!r} needs {_needs(learner)}, as bp, dfa "
+                f"and pepita do. Use a local rule (lls, lls-mxm, local-losses, drtp, ...), or "
+                f"--parallel data."
             )
         assert learner.plan is not None
         if learner.plan.shared:
