@@ -5,8 +5,7 @@ Shapes: V views, M images, B images of a batch, ... of one image's features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,25 +68,26 @@ class FeatureLoader(EpochLoader[FeatureRows]):
         self._kept_as = kept_as
         self._dtype = dtype
 
-    def batch_labels(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
-        for _, labels in self.crops(epoch, start):  # which reads no feature
+    def labels_of(self, parts: Sequence[slice], epoch: int = 0) -> Iterator[Tensor]:
+        for _, labels in self.crops_of(parts, epoch):  # which reads no feature
             yield labels
 
-    def crops(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[FeatureRows, Tensor]]:
-        """The batches of an epoch, before :meth:`images` reads them.
-
-        Arguments:
-            epoch: chooses order and views, from 0.
-            start: first batch to yield.
-        """
+    def crops_of(
+        self, parts: Sequence[slice], epoch: int = 0
+    ) -> Iterator[tuple[FeatureRows, Tensor]]:
+        """Which rows make these parts of an epoch."""
         generator = epoch_generator(self.seed, epoch)
         order = epoch_order(self.labels, generator, shuffle=self.shuffle, balance=self.balance)
         views = torch.randint(len(self.features), (len(order),), generator=generator)
-        for a, b in list(pairwise([0, *self._ends]))[start:]:
-            index = order[a:b]
-            yield FeatureRows(views[a:b], index), self.labels[index.to(self.device)]
+        for part in parts:
+            index = order[part]
+            yield FeatureRows(views[part], index), self.labels[index.to(self.device)]
 
     def images(self, crops: FeatureRows) -> Tensor:
         """A batch's features, (B, ...)."""
         read = torch.from_numpy(np.array(self.features[crops.views.numpy(), crops.images.numpy()]))
         return read.view(FEATURE_DTYPES[self._kept_as]).to(self.device, self._dtype)
+
+    def no_images(self) -> Tensor:
+        """(0, ...)."""
+        return torch.empty((0, *self.features.shape[2:]), dtype=self._dtype, device=self.device)

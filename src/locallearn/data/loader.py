@@ -34,7 +34,7 @@ Chosen = TypeVar("Chosen")
 class EpochLoader(Generic[Chosen]):
     """What loaders share: epochs of batches, of which first is chosen what is in them.
 
-    Subclasses write :meth:`crops` and :meth:`images`.
+    Subclasses write :meth:`crops_of`, :meth:`labels_of`, :meth:`images` and :meth:`no_images`.
 
     Arguments:
         ends: where the batches of an epoch end.
@@ -57,21 +57,50 @@ class EpochLoader(Generic[Chosen]):
         """Images an epoch."""
         return self._ends[-1]
 
+    @property
+    def batches(self) -> list[slice]:
+        """Where in its epoch each batch lies."""
+        return [slice(a, b) for a, b in pairwise([0, *self._ends])]
+
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch: as :meth:`images` makes them; labels (B,)."""
         for crops, labels in self.crops(epoch, start):
             yield self.images(crops), labels
 
     def crops(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Chosen, Tensor]]:
-        """What is in the batches of an epoch, from batch ``start`` on; labels (B,)."""
+        """What is in the batches of an epoch, before :meth:`images` makes them.
+
+        Arguments:
+            epoch: chooses order and what else is random, from 0.
+            start: first batch to yield.
+
+        Yields:
+            what :meth:`images` takes; labels, int64 (B,).
+
+        Raises:
+            UserError: an image file that can't be read.
+        """
+        return self.crops_of(self.batches[start:], epoch)
+
+    def crops_of(self, parts: Sequence[slice], epoch: int = 0) -> Iterator[tuple[Chosen, Tensor]]:
+        """As :meth:`crops`, of other parts of the epoch than its batches, none of them empty. What
+        lies in none of them is not read."""
         raise NotImplementedError
 
     def batch_labels(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
         """The labels (B,) of an epoch's batches alone; no image is looked at."""
+        return self.labels_of(self.batches[start:], epoch)
+
+    def labels_of(self, parts: Sequence[slice], epoch: int = 0) -> Iterator[Tensor]:
+        """As :meth:`batch_labels`, of other parts of the epoch than its batches."""
         raise NotImplementedError
 
     def images(self, crops: Chosen) -> Tensor:
         """A batch."""
+        raise NotImplementedError
+
+    def no_images(self) -> Tensor:
+        """A batch without any, (0, ...), as :meth:`images` would make it."""
         raise NotImplementedError
 
 
@@ -126,45 +155,35 @@ class ImageLoader(EpochLoader[Crops]):
         self._mean = torch.tensor(inputs.mean, device=device)
         self._std = torch.tensor(inputs.std, device=device)
 
-    def crops(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Crops, Tensor]]:
-        """The batches of an epoch, before :meth:`images` makes them.
-
-        Arguments:
-            epoch: chooses order and augmentation, from 0.
-            start: first batch to yield.
-
-        Yields:
-            which pixels; labels, int64 (B,).
-
-        Raises:
-            UserError: an image file that can't be read.
-        """
+    def crops_of(self, parts: Sequence[slice], epoch: int = 0) -> Iterator[tuple[Crops, Tensor]]:
+        """Which pixels make these parts of an epoch."""
         generator = epoch_generator(self.seed, epoch)
-        indices = self._indices(generator, start)
+        indices = self._indices(parts, generator)
         draws = draw_epoch(self._recipe, len(self.source), self._size, generator).to(self.device)
-        batch_draws = [draws[part] for part in self._parts(start)]
+        batch_draws = [draws[part] for part in parts]
         crops = self.source.batches(indices, batch_draws, self._size, self._recipe)
         for index, batch in zip(indices, crops, strict=True):
             yield batch, self.source.labels[index]
 
-    def batch_labels(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
-        for index in self._indices(epoch_generator(self.seed, epoch), start):
+    def labels_of(self, parts: Sequence[slice], epoch: int = 0) -> Iterator[Tensor]:
+        for index in self._indices(parts, epoch_generator(self.seed, epoch)):
             yield self.source.labels[index]
 
-    def _indices(self, generator: torch.Generator, start: int) -> list[Tensor]:
-        """Which images the batches of an epoch hold, from batch ``start`` on."""
+    def _indices(self, parts: Sequence[slice], generator: torch.Generator) -> list[Tensor]:
+        """Which images these parts of an epoch hold."""
         labels = self.source.labels
         order = epoch_order(labels, generator, shuffle=self.shuffle, balance=self.balance)
         order = order.to(self.device)
-        return [order[part] for part in self._parts(start)]
-
-    def _parts(self, start: int) -> list[slice]:
-        return [slice(a, b) for a, b in pairwise([0, *self._ends])][start:]
+        return [order[part] for part in parts]
 
     def images(self, crops: Crops) -> Tensor:
         """A batch's images, float32 (B, C, H, W) in channels-last memory."""
         kernels = load_kernels(self.backend)
         return kernels.augment(crops, self._mean, self._std, size=self._size)
+
+    def no_images(self) -> Tensor:
+        """float32 (0, C, H, W)."""
+        return torch.empty((0, len(self._mean), *self._size), device=self.device)
 
 
 def batch_ends(num_images: int, batch_size: int, *, shuffle: bool) -> list[int]:

@@ -11,6 +11,7 @@ first of them, and what lies behind the last block to the last stage.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,16 +149,18 @@ class _Owners:
     of_optimizer: dict[str, int]
     of_norm: list[int]
 
-    def merged(self, states: Sequence[State]) -> State:
-        """The state of the whole, of those of the stages."""
-        tables = {
-            "model": self.of_tensor,
-            "heads": self.of_head,
-            "optimizers": self.of_optimizer,
-        }
-        whole = dict(states[0])
-        for name, owners in tables.items():
-            whole[name] = {key: states[stage][name][key] for key, stage in owners.items()}
+    def merged(self, own: State, states: Sequence[State]) -> State:
+        """The state of the whole.
+
+        Arguments:
+            own: of any stage's learner, with all the entries.
+            states: the parts, by stage.
+        """
+        whole = dict(own)
+        for name, owners in self._tables():
+            whole[name] = copy.copy(own[name])  # a module's has more to it than entries
+            for key, stage in owners.items():
+                whole[name][key] = states[stage][name][key]
         counts = [state["statistics"]["counts"] for state in states]
         columns = [counts[stage][column] for column, stage in enumerate(self.of_norm)]
         if columns:
@@ -166,16 +169,18 @@ class _Owners:
 
     def part(self, state: State, stage: int) -> State:
         """What a stage has to say of its learner's state."""
-        tables = (
+        parts = {
+            name: {key: state[name][key] for key, owner in owners.items() if owner == stage}
+            for name, owners in self._tables()
+        }
+        return state | parts
+
+    def _tables(self) -> tuple[tuple[str, dict[str, int]], ...]:
+        return (
             ("model", self.of_tensor),
             ("heads", self.of_head),
             ("optimizers", self.of_optimizer),
         )
-        parts = {
-            name: {key: state[name][key] for key, owner in owners.items() if owner == stage}
-            for name, owners in tables
-        }
-        return state | parts
 
 
 class Stage:
@@ -245,6 +250,18 @@ class Stage:
         for name, optimizer in self.learner.optimizers.items():
             if self.owners.of_optimizer[name] != self.number:
                 optimizer.state.clear()
+
+
+def whole(learner: LocalLearner) -> Stage:
+    """The only stage of a network that is not cut, whatever its rule."""
+    optimizers, norms = learner.optimizers, tracked_norms(learner.model)
+    owners = _Owners(
+        of_tensor=dict.fromkeys(learner.model.state_dict(), 0),
+        of_head=dict.fromkeys(learner.heads.state_dict(), 0),
+        of_optimizer=dict.fromkeys(optimizers, 0),
+        of_norm=[0] * len(norms),
+    )
+    return Stage(learner, 0, None, None, owners)
 
 
 def _order_of_calls(learner: LocalLearner, images: Tensor) -> dict[nn.Module, int]:

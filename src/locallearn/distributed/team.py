@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,21 +17,23 @@ from locallearn.distributed.agreement import agree, together
 from locallearn.distributed.balance import balanced, parse_balance
 from locallearn.distributed.links import Inbox, Outbox
 from locallearn.distributed.processes import Processes
-from locallearn.distributed.pulse import Pulse
 from locallearn.distributed.receiving import ReceivingLoader
-from locallearn.distributed.stages import Spread, State
+from locallearn.distributed.replicas import Replica
+from locallearn.distributed.stages import Spread, State, whole
 from locallearn.engine.block_costs import measure_block_costs
 from locallearn.engine.building import recalibrate
 from locallearn.engine.config import TrainConfig
-from locallearn.engine.evaluation import Evaluation, evaluate
+from locallearn.engine.evaluation import Evaluation, evaluation_of, tally
 from locallearn.engine.learner import LocalLearner
 from locallearn.engine.results import StepResult
+from locallearn.engine.sums import EpochSums
 from locallearn.engine.team import Team
 from locallearn.errors import UserError
 
 Made = TypeVar("Made")
 
 _LOOK_SECONDS = 0.5  # between looks whether another process was asked to stop
+_TELL_SECONDS = 1.0  # between figures for the progress bar
 _STOP_KEY = "stop"
 
 
@@ -39,20 +42,30 @@ class ProcessTeam(Team):
 
     Arguments:
         processes: all that have joined.
-        pulse: its signs of life.
         balance: "2,3,1", blocks of each stage; None measures, and balances by time.
+        synchronize_batch_norm: whether replicas normalise by whole batches.
     """
 
     is_alone = False
 
-    def __init__(self, processes: Processes, pulse: Pulse, *, balance: str | None = None) -> None:
+    def __init__(
+        self,
+        processes: Processes,
+        *,
+        balance: str | None = None,
+        synchronize_batch_norm: bool = False,
+    ) -> None:
         self._processes = processes
-        self._pulse = pulse
+        self._pulse = processes.pulse
         self._balance = balance
+        self._synchronize_batch_norm = synchronize_batch_norm
+        self._replica: Replica | None = None  # where there are several
+        self._is_without_images = False  # in a step of this replica
         self._sizes: tuple[int, ...] = ()
         self._own_request: int | None = None
         self._stop: int | None = None
         self._looked = 0.0
+        self._told = 0.0
         self._num_elements_before = 0  # values that were made before all processes went on
 
     @property
@@ -100,6 +113,15 @@ class ProcessTeam(Team):
     ) -> None:
         self._learner = learner
         parallelism = self._processes.parallelism
+        if parallelism.num_replicas > 1:
+            with self.together("joining the replicas"):
+                self._replica = Replica(
+                    self._processes, synchronize_batch_norm=self._synchronize_batch_norm
+                )
+                self._replica.attach(learner)
+        if parallelism.num_stages == 1:
+            self._stage = whole(learner.build(images))
+            return
         with self.together("cutting the network into stages"):
             spread = Spread(learner, images)
             if parallelism.num_stages > len(spread.names):
@@ -133,8 +155,6 @@ class ProcessTeam(Team):
     ) -> tuple[int, ...]:
         """Balanced by the time that blocks take here, on noise of the batch's size."""
         num_stages = self._processes.parallelism.num_stages
-        if num_stages == 1:
-            return (len(spread.names),)
         num = -(-settings.batch_size // self._processes.parallelism.num_replicas)
         batch = torch.randn(num, *images.shape[1:], device=images.device)
         labels = torch.arange(num, device=images.device) % spread.learner.num_classes
@@ -148,30 +168,51 @@ class ProcessTeam(Team):
     # -- training -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self, directory: Path) -> Iterator[None]:
+        self._pulse.remedy = self._processes.remedy(directory)
         with self._stage.alone(self._put):
             yield
 
     def _put(self, tensor: Tensor) -> None:
-        self._outbox.put(tensor)
+        # Without an image of its own a replica runs on something else.
+        self._outbox.put(tensor[:0] if self._is_without_images else tensor)
 
     def training_loader(self, loader: EpochLoader[Any]) -> EpochLoader[Any]:
+        if self._replica is not None:
+            with self.together("sharing the batches"):
+                loader = self._replica.loader(loader)
         return loader if self._stage.is_first else ReceivingLoader(loader, self._inbox)
 
+    def tell(self, epoch: int, step: int, sums: EpochSums) -> None:
+        self._pulse.note(epoch=epoch, step=step)
+        now = time.monotonic()
+        # Asking for the figures makes the host wait for the device.
+        if self._stage.is_last and now - self._told > _TELL_SECONDS:
+            self._told = now
+            self._pulse.note(loss=sums.mean_loss()[0], accuracy=sums.accuracy()[0])
+
+    def progress(self, sums: EpochSums) -> tuple[float, float, tuple[float, ...]]:
+        beats = self._pulse.beats()
+        last = beats[self._processes.rank_of(self._processes.parallelism.num_stages - 1, 0)]
+        return last.loss or 0.0, last.accuracy or 0.0, tuple(beat.load for beat in beats)
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        return self._pulse.writing()
+
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
-        self._stop = self._request() if self._stage.is_first else self._inbox.flag or None
+        if not self._stage.is_first:
+            self._stop = self._inbox.flag or None
+        elif self._replica is not None:
+            self._stop = self._replica.agree_to_stop(self._request())
+        else:
+            self._stop = self._request()
         if self._stage.is_last:
             return self._learner.step(images, labels)
         self._outbox.flag = self._stop or 0
-        with self._learner.local_step(labels) as local:
-            self._learner.model(images)
-        return StepResult(
-            logits=torch.empty(0, self._learner.num_classes, device=labels.device),
-            loss=torch.zeros((), device=labels.device),
-            block_losses=local.block_losses,
-            block_logits=local.block_logits,
-            block_num_correct=local.block_num_correct,
-        )
+        self._is_without_images = len(labels) == 0
+        result = self._learner.step_blocks(images, labels)
+        self._is_without_images = False
+        return result
 
     def request_stop(self, signal_number: int) -> None:
         self._own_request = signal_number
@@ -227,30 +268,51 @@ class ProcessTeam(Team):
             self._learner.recalibrate(self._inbox.sequence())
         if not self._stage.is_last:
             self._outbox.end()
+        self._synchronize_buffers()
+
+    def _synchronize_buffers(self) -> None:
+        if self._replica is not None:
+            self._replica.synchronize_buffers()
 
     def evaluate(
         self, infer: Callable[[Tensor], Tensor], loader: EpochLoader[Any], num_classes: int
     ) -> Evaluation:
+        self._synchronize_buffers()
+        if self._replica is not None:
+            loader = self._replica.dealt(loader)
         if not self._stage.is_first:
             loader = ReceivingLoader(loader, self._inbox)
         found: list[Any] = [None]
         if self._stage.is_last:
-            found[0] = evaluate(infer, loader, num_classes)
+            counted = tally(self._noting(infer), loader.epoch(), num_classes)
+            replica = self._replica
+            found[0] = replica.evaluation(*counted) if replica else evaluation_of(*counted)
         else:
             for images, _ in loader.epoch():
+                self._pulse.note()
                 self._learner.run(images)
         last = self._processes.rank_of(self._processes.parallelism.num_stages - 1, 0)
         with self._pulse.waiting(last):
             dist.broadcast_object_list(found, src=last, group=self._processes.control)
         return found[0]  # type: ignore[no-any-return]
 
+    def _noting(self, infer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """With a sign of life for every batch."""
+
+        def inferring(images: Tensor) -> Tensor:
+            self._pulse.note()
+            return infer(images)
+
+        return inferring
+
     def training_state(self) -> State | None:
+        self._synchronize_buffers()
         state = _on_host(self._learner.training_state())
         parts = self._gathered(self._stage.owners.part(state, self._stage.number))
         if not parts:
             return None
         stages = parts[:: self._processes.parallelism.num_replicas]
-        whole = self._stage.owners.merged(stages)
+        whole = self._stage.owners.merged(state, stages)
         begun = self._num_elements_before
         whole["num_elements"] = begun + sum(part["num_elements"] - begun for part in stages)
         return whole

@@ -6,7 +6,7 @@ Shapes: N batch, K classes, T latent length.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from locallearn.engine.procedures import (
     TwoForwards,
     build_backpropagation,
 )
+from locallearn.engine.reduction import Updates
 from locallearn.engine.units import BlockUnit, build_unit
 from locallearn.errors import UserError
 from locallearn.models import Block
@@ -51,6 +52,7 @@ class Settings:
         compile: run what takes the generic path through torch.compile.
         allow_reuse: whether a block may run, and learn, more than once in a forward.
         side_stream: for what the next block does not wait for; None runs it in line.
+        updates: step the optimizers.
     """
 
     num_classes: int
@@ -60,6 +62,7 @@ class Settings:
     compile: bool = False
     allow_reuse: bool = False
     side_stream: torch.cuda.Stream | None = None
+    updates: Updates = field(default_factory=Updates)
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ def assemble(
         label_smoothing=rule.label_smoothing,
         is_behind_blocks=bool(units),
         is_shared=bool(units) and plan is not None and bool(plan.shared),
+        updates=settings.updates,
     )
     if isinstance(rule, Backprop):
         checkpointed = [] if plan is None else [block.module for block in plan.blocks]
@@ -218,7 +222,11 @@ def _build_units(
         joined = [named[name] for block in group for name in block.joined]
         held = [p for block in group for p in block.module.parameters()]
         parameters = [p for p in dict.fromkeys([*held, *joined]) if id(p) not in shared]
-        common: dict[str, Any] = {"name": last.name, "block": last.module}
+        common: dict[str, Any] = {
+            "name": last.name,
+            "block": last.module,
+            "updates": settings.updates,
+        }
         if not isinstance(rule, LocalRule | ErrorRule):
             optimizer = _optimizer_of(parameters, settings)
             units.append(ModulatedUnit(optimizer=optimizer, **common))

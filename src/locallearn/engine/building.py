@@ -310,4 +310,5 @@ def needs_recalibration(settings: TrainConfig) -> bool:
 def recalibrate(learner: LocalLearner, loader: EpochLoader[Any], epoch: int = 0) -> None:
     """Re-estimate BatchNorm's running statistics on the first batches of a training epoch."""
     batches = itertools.islice(loader.epoch(epoch), RECALIBRATION_BATCHES)
-    learner.recalibrate(images for images, _ in batches)
+    # Of a loader for one of several replicas a batch may be empty.
+    learner.recalibrate(images for images, labels in batches if len(labels))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +42,30 @@ def evaluate(
     infer: Callable[[Tensor], Tensor], loader: EpochLoader[Any], num_classes: int
 ) -> Evaluation:
     """Run ``infer``, from images to logits (N, K), over an epoch of ``loader``."""
-    pairs = torch.zeros(num_classes**2, dtype=torch.int64, device=loader.device)
+    return evaluation_of(*tally(infer, loader.epoch(), num_classes))
+
+
+@torch.no_grad()
+def tally(
+    infer: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """What an evaluation adds up over (images, labels) batches, so that several tallies can be
+    added: the confusion, (K, K), int64, and the sum of the losses, float64 scalar, on the host."""
+    pairs: Tensor | None = None
     losses = []
-    for images, labels in loader.epoch():
+    for images, labels in batches:
         logits = infer(images)
         losses.append(F.cross_entropy(logits, labels, reduction="sum"))
         pair = labels * num_classes + logits.argmax(dim=1)
-        pairs += torch.bincount(pair, minlength=num_classes**2)
-    confusion = pairs.cpu().view(num_classes, num_classes)
+        counts = torch.bincount(pair, minlength=num_classes**2)
+        pairs = counts if pairs is None else pairs + counts
+    if pairs is None:
+        confusion = torch.zeros((num_classes, num_classes), dtype=torch.int64)
+        return confusion, torch.zeros((), dtype=torch.float64)
+    return pairs.cpu().view(num_classes, num_classes), torch.stack(losses).cpu().double().sum()
+
+
+def evaluation_of(confusion: Tensor, loss: Tensor) -> Evaluation:
+    """Of what :func:`tally` has added up."""
     num = int(confusion.sum())
-    loss = torch.stack(losses).cpu().double().sum().item() / num
-    return Evaluation(loss, 100 * int(confusion.diagonal().sum()) / num, confusion)
+    return Evaluation(loss.item() / num, 100 * int(confusion.diagonal().sum()) / num, confusion)

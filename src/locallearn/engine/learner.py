@@ -18,7 +18,7 @@ import copy
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from locallearn.engine.assembly import Assembly, Settings, assemble
+from locallearn.engine.batch_norm import SynchronizedNorms, check_can_synchronize
 from locallearn.engine.blocks import (
     Blocks,
     Inputs,
@@ -51,11 +52,12 @@ from locallearn.engine.optimizers import (
 )
 from locallearn.engine.pooling import pooled
 from locallearn.engine.procedures import LocalUpdates, logits_of
-from locallearn.engine.procedures.base import not_below_float32
+from locallearn.engine.procedures.base import Outcome, not_below_float32
 from locallearn.engine.processes import check_one_process
+from locallearn.engine.reduction import GradientReduction
 from locallearn.engine.results import LocalStep, StepResult
 from locallearn.engine.statistics import BATCH_STATISTICS_FROM, RunningStatistics
-from locallearn.engine.units import BlockUnit, GenericUnit
+from locallearn.engine.units import BlockUnit, GenericUnit, UnitSignal
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend, missing_for
 from locallearn.rules import Backprop, Requirement, Rule, build_rule
@@ -186,6 +188,7 @@ class LocalLearner(nn.Module):
                 f"{batch_statistics_from}."
             )
         self._statistics = RunningStatistics(model, batch_statistics_from)
+        self._norms: SynchronizedNorms | None = None  # where replicas normalise together
         side_stream: torch.cuda.Stream | None = None
         if overlap_updates:
             if self._device.type != "cuda":
@@ -262,6 +265,8 @@ class LocalLearner(nn.Module):
 
         Known of the package's own networks alone: another's forward may do anything.
         """
+        if self._settings.updates.reduction is not None:  # it is looked at from the host
+            return False
         return bool(own_blocks(self.model)) and self._parts.procedure.can_be_graphed
 
     @property
@@ -402,6 +407,71 @@ class LocalLearner(nn.Module):
             return contextlib.nullcontext()
         # Without its cache of cast weights, which an update inside the step would make stale.
         return torch.autocast(device_type, dtype=torch.bfloat16, cache_enabled=False)
+
+    # -- replicas -------------------------------------------------------------------------------
+
+    def share_batches(
+        self, reduction: GradientReduction, *, synchronize_batch_norm: bool = False
+    ) -> None:
+        """From here on be one of several replicas, each of which trains on a part of every batch.
+
+        All of them run the same blocks in the same order, and are alike: the same weights before
+        every step, and after it. A step on no images (a last batch of fewer than there are
+        replicas) takes the others' updates, and yields losses of zero.
+
+        Arguments:
+            reduction: over the replicas.
+            synchronize_batch_norm: normalise by the whole batch, in blocks that run by autograd,
+                and not by the replica's own part of it.
+
+        Raises:
+            UserError: settings that synchronized BatchNorm does not go with, or blocks that are
+                still to be found (:meth:`build`).
+        """
+        if synchronize_batch_norm:
+            has_closed_form = any(unit.path == "closed form" for unit in self._parts.units)
+            check_can_synchronize(
+                closed_form=has_closed_form and not self._is_auto,
+                is_compiled=self._settings.compile,
+                num_accumulated=getattr(self.rule, "num_accumulated", 1),
+            )
+            if self._is_auto:
+                self._is_auto, self._later_backend = False, None
+                self._use_backend("autograd")
+            self._norms = SynchronizedNorms(self.model, reduction.gather)
+        self._settings.updates.reduction = reduction
+
+    @torch.no_grad()
+    def synchronize_buffers(self) -> None:
+        """Have the buffers of all replicas agree: running statistics of norms that learn become
+        their mean, and other buffers of the model those of the first replica."""
+        reduction = self._settings.updates.reduction
+        assert reduction is not None, "see share_batches"
+        norms = [
+            module
+            for module in self.model.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+            and module.running_mean is not None
+            and module not in self._parts.frozen
+        ]
+        averaged = [
+            tensor
+            for norm in norms
+            for tensor in (norm.running_mean, norm.running_var)
+            if tensor is not None
+        ]
+        state = self._statistics.state()
+        if averaged:
+            flat = torch.cat([tensor.flatten().double() for tensor in averaged])
+            parts = reduction.gather(flat).mean(dim=0).split([t.numel() for t in averaged])
+            for tensor, part in zip(averaged, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+            state["counts"] = reduction.gather(state["counts"]).mean(dim=0)
+            self._statistics.load(state)
+        known = set(map(id, averaged))
+        for tensor in self.model.buffers():
+            if id(tensor) not in known:
+                tensor.copy_(reduction.gather(tensor)[0])
 
     # -- modes ----------------------------------------------------------------------------------
 
@@ -704,7 +774,35 @@ class LocalLearner(nn.Module):
         Raises:
             UserError: labels of another shape or type than said above.
         """
-        num_images = num_inputs(images)
+
+        def procedure(images: Inputs, labels: Tensor) -> Outcome:
+            return self._parts.procedure(self._arrange(images), labels)
+
+        return self._checked_step(images, labels, procedure)
+
+    def step_blocks(self, images: Inputs, labels: Tensor) -> StepResult:
+        """As :meth:`step`, of a model that ends before its output, as a stage of several does: the
+        blocks that run learn. ``logits`` are (0, K), and the loss is zero.
+
+        Raises:
+            UserError: as :meth:`local_step`.
+        """
+        local = self._local_procedure("step_blocks")
+
+        def procedure(images: Inputs, labels: Tensor) -> Outcome:
+            signals: dict[str, UnitSignal] = {}
+            with local.learning(labels, signals):
+                call_model(self.model, images)
+            zeros = torch.zeros((1, self.num_classes), device=labels.device)
+            return Outcome(zeros[:0], zeros[0, 0], signals)
+
+        return self._checked_step(images, labels, procedure)
+
+    def _checked_step(
+        self, images: Inputs, labels: Tensor, procedure: Callable[[Inputs, Tensor], Outcome]
+    ) -> StepResult:
+        is_replica = self._settings.updates.reduction is not None
+        num_images = 0 if is_replica and len(labels) == 0 else num_inputs(images)
         if labels.ndim != 1 or labels.dtype != torch.int64 or len(labels) != num_images:
             raise UserError(
                 f"labels must be int64 of shape ({num_images},), one for each image, "
@@ -714,31 +812,63 @@ class LocalLearner(nn.Module):
         if not self.training:
             self.train()
         self._keep_frozen()
-        images = self._arrange(images)
         with self._on_device():
-            return self._step(images, labels)
+            if num_images == 0:
+                return self._step_without_images(images, labels, procedure)
+            outcome = self._step(images, labels, procedure, num_images=num_images)
+        self._end_step(images)
+        return _result_of(outcome)
 
-    def _step(self, images: Inputs, labels: Tensor) -> StepResult:
+    def _step_without_images(
+        self, images: Inputs, labels: Tensor, procedure: Callable[[Inputs, Tensor], Outcome]
+    ) -> StepResult:
+        """The updates of the other replicas. It runs on zeros, which count for nothing: so every
+        sum is begun here too, whatever the model does, and in the order of its forward."""
+        zeros = tree_map_only(Tensor, lambda t: t.new_zeros((2, *t.shape[1:])), images)
+        outcome = self._step(zeros, labels.new_zeros(2), procedure, num_images=0)
+
+        def nothing(value: Tensor | None) -> Tensor | None:
+            return None if value is None else torch.zeros_like(value)
+
+        signals = {
+            name: UnitSignal(
+                nothing(signal.loss),
+                None if signal.logits is None else signal.logits[:0],
+                nothing(signal.num_correct),
+            )
+            for name, signal in outcome.signals.items()
+        }
+        return _result_of(Outcome(outcome.logits[:0], torch.zeros_like(outcome.loss), signals))
+
+    def _step(
+        self,
+        images: Inputs,
+        labels: Tensor,
+        procedure: Callable[[Inputs, Tensor], Outcome],
+        *,
+        num_images: int,
+    ) -> Outcome:
         try:
             with (
                 torch.enable_grad(),
                 self._autocast(self._device.type),
-                self._statistics.step(self._parts.procedure.num_at_a_time(len(labels))),
+                self._normalizing(len(labels), num_images),
             ):
-                logits, loss, signals = self._parts.procedure(images, labels)
+                outcome = procedure(images, labels)
+                self._settings.updates.finish()
         except BaseException:
             self._abandon()
             raise
-        self._end_step(images)
-        local = LocalStep()
-        local.signals = signals
-        return StepResult(
-            logits=logits,
-            loss=loss,
-            block_losses=local.block_losses,
-            block_logits=local.block_logits,
-            block_num_correct=local.block_num_correct,
-        )
+        return outcome
+
+    def _local_procedure(self, method: str) -> LocalUpdates:
+        procedure = self._parts.procedure
+        if not isinstance(procedure, LocalUpdates):
+            raise UserError(
+                f"{method} is for rules whose blocks learn as soon as they have run; rule "
+                f"{self.rule.name!r} needs {self.rule.requires}. Call step(images, labels)."
+            )
+        return procedure
 
     @contextlib.contextmanager
     def local_step(self, labels: Tensor) -> Iterator[LocalStep]:
@@ -764,11 +894,11 @@ class LocalLearner(nn.Module):
             UserError: a rule whose blocks need more than their own output and the label, or blocks
                 that are still to be found (:meth:`build`).
         """
-        procedure = self._parts.procedure
-        if not isinstance(procedure, LocalUpdates):
+        procedure = self._local_procedure("local_step")
+        if self._settings.updates.reduction is not None:
             raise UserError(
-                f"local_step is for rules whose blocks learn as soon as they have run; rule "
-                f"{self.rule.name!r} needs {self.rule.requires}. Call step(images, labels)."
+                "local_step leaves what lies in no block to its caller, whose gradients are not "
+                "summed over replicas. Call step(images, labels)."
             )
         if not self.training:
             self.train()
@@ -805,6 +935,35 @@ class LocalLearner(nn.Module):
             self._is_stale = True
             self._recent.append(tree_map_only(Tensor, Tensor.detach, images))
 
+    @contextlib.contextmanager
+    def _normalizing(self, num_run: int, num_images: int) -> Iterator[None]:
+        """Within: BatchNorm as it is in a step on so many images, of which so many count."""
+        updates, norms = self._settings.updates, self._norms
+        updates.num_images = num_images
+        keeping = contextlib.nullcontext() if num_images else self._keeping_buffers()
+        if norms is None:
+            with keeping, self._statistics.step(self._parts.procedure.num_at_a_time(num_run)):
+                yield
+            return
+        total = norms.total(num_images)
+        if total >= self._statistics.least:
+            with self._statistics.step(total), norms.step(num_images, total):
+                yield
+        else:
+            with keeping, self._statistics.step(total):
+                yield
+
+    @contextlib.contextmanager
+    def _keeping_buffers(self) -> Iterator[None]:
+        """Within: what the model's buffers take in is forgotten afterwards."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        counts = self._statistics.state()
+        yield
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        self._statistics.load(counts)
+
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Kernels and streams go to the current device, which may be another of several."""
         if self._device.type == "cuda":
@@ -815,6 +974,7 @@ class LocalLearner(nn.Module):
         """After a step that failed: nothing of it goes into the next, or holds memory."""
         for unit in self._units:
             unit.abandon()
+        self._settings.updates.abandon()
         for parameter in self.parameters():
             parameter.grad = None
 
@@ -822,6 +982,18 @@ class LocalLearner(nn.Module):
         if not self.channels_last:
             return images
         return tree_map_only(Tensor, in_channels_last, images)
+
+
+def _result_of(outcome: Outcome) -> StepResult:
+    local = LocalStep()
+    local.signals = outcome.signals
+    return StepResult(
+        logits=outcome.logits,
+        loss=outcome.loss,
+        block_losses=local.block_losses,
+        block_logits=local.block_logits,
+        block_num_correct=local.block_num_correct,
+    )
 
 
 def is_checkpointing(rule: Rule) -> bool:

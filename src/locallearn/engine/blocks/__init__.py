@@ -37,6 +37,7 @@ from locallearn.engine.blocks.recognition import (
 )
 from locallearn.engine.blocks.standing_in import (
     bound_forward,
+    normalizing,
     observer_of,
     observing,
     standing_in,
@@ -74,6 +75,7 @@ __all__ = [
     "learn_all",
     "modules_of",
     "needs_batch",
+    "normalizing",
     "num_inputs",
     "observer_of",
     "observing",

@@ -11,6 +11,8 @@ from torch import nn
 
 # Under which name a BatchNorm has what is to be called before its forward.
 _OBSERVER = "_locallearn_observer"
+# And what is to be called instead of it.
+_SUBSTITUTE = "_locallearn_substitute"
 
 
 @contextlib.contextmanager
@@ -44,6 +46,20 @@ def observing(observers: Mapping[nn.Module, Callable[..., None]]) -> Iterator[No
             module.__dict__.pop(_OBSERVER, None)
 
 
+@contextlib.contextmanager
+def normalizing(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Within: what is given for a BatchNorm is called instead of its forward, and instead of a
+    forward of :func:`bound_forward` too."""
+    try:
+        for module, forward in forwards.items():
+            module.__dict__[_SUBSTITUTE] = forward
+        with standing_in(forwards):
+            yield
+    finally:
+        for module in forwards:
+            module.__dict__.pop(_SUBSTITUTE, None)
+
+
 def observer_of(module: nn.Module) -> Callable[..., None] | None:
     """What is to see a BatchNorm's input, within :func:`observing`."""
     return module.__dict__.get(_OBSERVER)
@@ -61,4 +77,5 @@ def _run_observed(module: nn.Module, forward: Callable[..., Any], *args: Any, **
     observer = observer_of(module)
     if observer is not None:
         observer(*args, **kwargs)
+    forward = module.__dict__.get(_SUBSTITUTE, forward)
     return forward(*args, **kwargs)

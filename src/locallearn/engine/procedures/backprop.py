@@ -27,6 +27,7 @@ from locallearn.engine.procedures.base import (
     not_below_float32,
     without_running_statistics,
 )
+from locallearn.engine.reduction import Updates
 from locallearn.errors import UserError
 from locallearn.rules import Backprop
 
@@ -152,7 +153,7 @@ class FusedBackpropagation(Backpropagation):
         forward: of the model.
         parameters: name -> parameter.
         optimizers: name -> optimizer of that parameter alone.
-        output_layer: without an optimizer; only its loss is used.
+        output_layer: without an optimizer; only its loss and its updates are used.
         frozen_runs: as of :class:`Backpropagation`.
     """
 
@@ -174,7 +175,9 @@ class FusedBackpropagation(Backpropagation):
             loss = self._output_layer.loss(logits, labels)
             # Hooks of this step alone, so that the model is an ordinary one outside.
             handles = [
-                parameter.register_post_accumulate_grad_hook(_updating(self._optimizers[name]))  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(
+                    _updating(self._output_layer.updates, self._optimizers[name])  # type: ignore[no-untyped-call]
+                )
                 for name, parameter in self._parameters.items()
             ]
             try:
@@ -186,10 +189,9 @@ class FusedBackpropagation(Backpropagation):
         return Outcome(logits.detach(), loss.detach(), {})
 
 
-def _updating(optimizer: Optimizer) -> Callable[[Tensor], None]:
+def _updating(updates: Updates, optimizer: Optimizer) -> Callable[[Tensor], None]:
     def update(parameter: Tensor) -> None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        updates.step(optimizer)
 
     return update
 

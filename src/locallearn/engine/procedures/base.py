@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from locallearn.engine.blocks import Inputs
+from locallearn.engine.reduction import Updates
 from locallearn.engine.units import UnitSignal
 from locallearn.errors import UserError
 
@@ -58,6 +59,7 @@ class OutputLayer:
         is_behind_blocks: whether blocks cut the way back, so that a parameter before the last of
             them may not be reached; the user is told once.
         is_shared: whether blocks read some of these parameters too, and add to their gradients.
+        updates: of the learner that it is of.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class OutputLayer:
         label_smoothing: float,
         is_behind_blocks: bool,
         is_shared: bool = False,
+        updates: Updates,
     ) -> None:
         self.parameters = parameters
         self.optimizer = optimizer
@@ -76,6 +79,7 @@ class OutputLayer:
         self.label_smoothing = label_smoothing
         self._warns = is_behind_blocks
         self.is_shared = is_shared
+        self.updates = updates
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of logits that are not below float32.
@@ -118,10 +122,9 @@ class OutputLayer:
         if self._warns:
             self._warn_of_the_unreached()
             self._warns = False
-        if all(p.grad is None for p in self.parameters.values()):
+        if self.updates.reduction is None and all(p.grad is None for p in self.parameters.values()):
             return
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.updates.step(self.optimizer)
 
     def _warn_of_the_unreached(self) -> None:
         unreached = [name for name, p in self.parameters.items() if p.grad is None]

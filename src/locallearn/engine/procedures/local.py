@@ -87,7 +87,9 @@ def forwards_of(
 
     def step(unit: BlockUnit) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if unit.name in signals and not allow_reuse:
+            if unit.name in signals and allow_reuse:
+                unit.updates.settle(unit.optimizer)
+            elif unit.name in signals:
                 raise UserError(
                     f"block {unit.name!r} runs twice in one forward; a block is updated as soon "
                     f"as it has run, so it must run once, unless allow_reuse=True has it learn "

@@ -19,6 +19,7 @@ from locallearn.engine.procedures.base import (
     not_below_float32,
     without_running_statistics,
 )
+from locallearn.engine.reduction import Updates
 from locallearn.engine.units import BlockUnit
 from locallearn.errors import UserError
 from locallearn.models import Block, Layer
@@ -32,16 +33,26 @@ class ModulatedUnit(BlockUnit):
         name: of the block in the model.
         block: one of the package's, which can tell its layers.
         optimizer: of its parameters; None where all are frozen.
+        updates: of the learner that it is of.
     """
 
-    def __init__(self, *, name: str, block: nn.Module, optimizer: Optimizer | None) -> None:
+    def __init__(
+        self, *, name: str, block: nn.Module, optimizer: Optimizer | None, updates: Updates
+    ) -> None:
         if not isinstance(block, Block) or type(block).layers is Block.layers:
             raise UserError(
                 f"rule 'pepita' updates layer by layer; block {name!r} ({type(block).__name__}) "
                 f"does not say what its layers are. Use a model of locallearn's own, or make the "
                 f"block a subclass of locallearn.models.Block with a method layers()."
             )
-        super().__init__(name=name, block=block, head=None, latent_size=1, optimizer=optimizer)
+        super().__init__(
+            name=name,
+            block=block,
+            head=None,
+            latent_size=1,
+            optimizer=optimizer,
+            updates=updates,
+        )
         self._layers = block.layers()
         self._downsample = block.downsample
         # Each layer's activity in the first forward, and its version then.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from locallearn.engine.blocks import LatentSize, forwards_through, modules_of
+from locallearn.engine.reduction import Updates
 from locallearn.kernels import Kernels, load_kernels
 from locallearn.rules import LocalHead
 
@@ -38,6 +39,7 @@ class BlockUnit:
         latent_size: s, or T for a block whose output is (N, F).
         optimizer: of the block's and the head's parameters; None where all are frozen.
         leaders: blocks that run before this one and learn with it, as one.
+        updates: of the learner that it is of.
 
     Attributes:
         backend: whose kernels compute; the learner sets it.
@@ -66,6 +68,7 @@ class BlockUnit:
         latent_size: LatentSize,
         optimizer: Optimizer | None,
         leaders: Sequence[nn.Module] = (),
+        updates: Updates | None = None,
     ) -> None:
         self.name = name
         self.block = block
@@ -73,6 +76,7 @@ class BlockUnit:
         self.latent_size = latent_size
         self.optimizer = optimizer
         self.leaders = tuple(leaders)
+        self.updates = Updates() if updates is None else updates
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -101,8 +105,7 @@ class BlockUnit:
 
     def _update(self) -> None:
         if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.updates.step(self.optimizer)
 
 
 def num_correct(logits: Tensor | None, labels: Tensor) -> Tensor | None:
