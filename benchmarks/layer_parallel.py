@@ -2,8 +2,9 @@
 
     python benchmarks/layer_parallel.py [--model vgg8] [--json FILE.json]
 
-First `locallearn plan --devices 2 --beside 1` measures costs and predicts; its stages are those
-that are then run. Then two processes, one thread each, take turns on noise of CIFAR-10's shape:
+First `locallearn plan` measures costs and predicts: for one process alone, and for two with
+`--devices 2 --beside 1`, whose stages are those that are then run. Then two processes, one thread
+each, take turns on noise of CIFAR-10's shape:
 
     RULE, one process      the local rule; the other process waits
     bp, one process        backpropagation, eager, channels-last
@@ -82,7 +83,8 @@ def main() -> int:
     began = time.monotonic()
     bandwidth, latency = in_processes(measure_link)[0]
     print(f"link: {bandwidth:.2f} GB/s, {latency:.0f} us", flush=True)
-    plan = predicted(given, bandwidth, latency)
+    alone = predicted(given, bandwidth, latency, 1)
+    plan = predicted(given, bandwidth, latency, _NUM_PROCESSES)
     print(f"predicted after {time.monotonic() - began:.0f} s", flush=True)
     steps = MeasuredSteps(
         model=given.model,
@@ -97,7 +99,10 @@ def main() -> int:
     )
     sizes = Sizes.of(plan)
     found = in_processes(measure_sides, steps, sizes, given.rounds, given.turn_seconds)
-    rows = [row(side, times, plan) for side, times in found[_NUM_PROCESSES - 1]["times_ms"].items()]
+    expected = expectations(given.rule, alone, plan)
+    measured = found[_NUM_PROCESSES - 1]["times_ms"]
+    rows = [row(side, times, expected[side]) for side, times in measured.items()]
+    ratios = compared(given.rule, rows)
     record = {
         "command": " ".join(["python", *sys.argv]),
         "environment": describe_environment("cpu"),
@@ -110,9 +115,14 @@ def main() -> int:
         "gate": [each["gate"] for each in found],
         "first_look_ms": found[_NUM_PROCESSES - 1]["first_look_ms"],
         "rows": rows,
-        "plan": {
-            key: plan[key] for key in ("command", "one_device_ms", "one_device_backprop_ms", "link")
-        },
+        "ratios": ratios,
+        "plans": [
+            {
+                key: each[key]
+                for key in ("command", "one_device_ms", "one_device_backprop_ms", "link")
+            }
+            for each in (alone, plan)
+        ],
     }
     for each in rows:
         print(
@@ -121,6 +131,8 @@ def main() -> int:
             f"{each['num_steps']} steps), predicted {each['predicted_ms']:.1f}, "
             f"{100 * each['prediction_error']:+.0f} %"
         )
+    for words, ratio in ratios.items():
+        print(f"{words}: {ratio:.2f}")
     if given.json is not None:
         write_json(given.json, record)
         print(f"written to {given.json}")
@@ -131,19 +143,32 @@ def main() -> int:
 # -- what is expected -----------------------------------------------------------------------------
 
 
-def predicted(given: argparse.Namespace, bandwidth: float, latency: float) -> dict[str, Any]:
-    """What `locallearn plan` writes for two such processes on this host."""
+def predicted(
+    given: argparse.Namespace, bandwidth: float, latency: float, num_processes: int
+) -> dict[str, Any]:
+    """What `locallearn plan` writes for so many processes on this host."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "plan.json"
         command = [sys.executable, "-m", "locallearn", "plan", "--model", given.model]
         command += ["--rule", given.rule, "--batch-size", str(given.batch_size)]
         command += ["--image-size", str(given.image_size), "--backend", given.backend]
-        command += ["--devices", str(_NUM_PROCESSES), "--beside", str(_NUM_PROCESSES - 1)]
+        command += ["--devices", str(num_processes), "--beside", str(num_processes - 1)]
         command += ["--bandwidth", str(bandwidth), "--latency", str(latency)]
         command += ["--device", "cpu", "--json", str(file)]
         subprocess.run(command, check=True, timeout=_TIMEOUT_SECONDS, stdout=subprocess.DEVNULL)
         plan: dict[str, Any] = json.loads(file.read_text())
     return plan
+
+
+def expectations(rule: str, alone: dict[str, Any], plan: dict[str, Any]) -> dict[str, float]:
+    """Side -> predicted ms of a step."""
+    found = {
+        f"{rule}, one process": alone["one_device_ms"],
+        "bp, one process": alone["one_device_backprop_ms"],
+    }
+    found |= {f"{rule}, {each['way']}": each["step_ms"] for each in plan["ways"]}
+    found |= {f"bp, gpipe:{each['num_micro_batches']}": each["step_ms"] for each in plan["gpipe"]}
+    return found
 
 
 @dataclass(frozen=True)
@@ -163,23 +188,27 @@ class Sizes:
         return cls(count(layers), {m: gpipe[m] for m in _MICRO_BATCHES if m in gpipe})
 
 
-def row(side: str, times_ms: list[float], plan: dict[str, Any]) -> dict[str, Any]:
+def row(side: str, times_ms: list[float], predicted_ms: float) -> dict[str, Any]:
     """A side's measurement beside its prediction."""
-    by_way = {each["way"]: each["step_ms"] for each in plan["ways"]}
-    by_way |= {f"gpipe:{each['num_micro_batches']}": each["step_ms"] for each in plan["gpipe"]}
-    rule, _, way = side.partition(", ")
-    if way == "one process":
-        expected = plan["one_device_backprop_ms" if rule == "bp" else "one_device_ms"]
-    else:
-        expected = by_way[way]
-    spread = {f"step_time_ms_{key}": ms for key, ms in asdict(Spread.of(times_ms)).items()}
-    median = statistics.median(times_ms)
+    spread = Spread.of(times_ms)
     return {
         "side": side,
-        **spread,
+        **{f"step_time_ms_{key}": ms for key, ms in asdict(spread).items()},
         "num_steps": len(times_ms),
-        "predicted_ms": expected,
-        "prediction_error": expected / median - 1,
+        "predicted_ms": predicted_ms,
+        "prediction_error": predicted_ms / spread.median - 1,
+    }
+
+
+def compared(rule: str, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How many times as fast layers in parallel are, by medians."""
+    ms = {each["side"]: each["step_time_ms_median"] for each in rows}
+    layers = ms[f"{rule}, layers:{_NUM_PROCESSES}"]
+    pipelines = [value for side, value in ms.items() if ", gpipe:" in side]
+    return {
+        "layers as fast as one process": ms[f"{rule}, one process"] / layers,
+        "layers as fast as GPipe": min(pipelines) / layers,
+        "GPipe as fast as bp in one process": ms["bp, one process"] / min(pipelines),
     }
 
 

@@ -250,6 +250,9 @@ def test_halved() -> None:
     assert block_costs.halved(128) == [128, 64, 32, 16, 8, 4, 2]
     assert block_costs.halved(25) == [25, 12, 6, 3]
     assert block_costs.halved(2) == [2]
+    assert block_costs.halved(128, 32) == [128, 64, 32]
+    assert block_costs.halved(128, 33) == [128, 64]
+    assert block_costs.halved(8, 0) == [8, 4, 2]
 
 
 def test_median_of_rounds() -> None:

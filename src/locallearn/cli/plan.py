@@ -122,6 +122,7 @@ def plan(
                 "num_threads": num_threads,
             },
             devices,
+            _most_parts(devices, is_plotted=plot is not None),
             (bandwidth, latency),
             beside,
             repeats,
@@ -178,9 +179,17 @@ def plan(
         print(f"drawn to {plot}")
 
 
+def _most_parts(devices: int, *, is_plotted: bool) -> int:
+    """Into how many a batch may have to be cut: by replicas, or into micro-batches, of which a
+    pipeline gains by having several for each stage."""
+    most_devices = max(_PLOTTED_DEVICES, devices) if is_plotted else devices
+    return 1 if most_devices == 1 else max(16, 4 * most_devices)
+
+
 def _measured(
     settings: dict[str, Any],
     num_devices: int,
+    most_parts: int,
     link: tuple[float, float],
     num_beside: int,
     repeats: int,
@@ -191,6 +200,7 @@ def _measured(
     Arguments:
         settings: of :class:`MeasuredSteps`.
         num_devices: that are to be used whole.
+        most_parts: that a batch may be cut into; costs are measured down to such a part.
         link: GB/s and us.
         num_beside: processes that take the same steps meanwhile.
         repeats: timed steps.
@@ -221,7 +231,7 @@ def _measured(
     allowed = [spread.can_begin_at(name) for name in spread.names]
     backprop = steps.learner("bp")
     most_stages = 1 + sum(allowed[1:])
-    sizes = halved(settings["batch_size"])
+    sizes = halved(settings["batch_size"], settings["batch_size"] // most_parts)
     most_replicas = settings["batch_size"] // sizes[-1]
     if not factorisations(num_devices, most_stages, most_replicas):
         raise UserError(
