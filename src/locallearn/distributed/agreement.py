@@ -84,6 +84,19 @@ def meet(
         UserError: as :func:`agree`; or names the ranks that have not come.
         Silent: where another process says it.
     """
+    try:
+        _compare(_come(store, rank, names, facts, timeout_seconds), rank)
+    except RuntimeError as error:
+        message = "torchrun has ended before all processes had come; see what it said."
+        if rank != 0:
+            raise Silent(message) from error
+        raise UserError(message) from error
+
+
+def _come(
+    store: Store, rank: int, names: Sequence[str], facts: Mapping[str, Any], timeout_seconds: float
+) -> list[Mapping[str, Any]]:
+    """The facts of each, once all have come."""
     keys = [f"come/{each}" for each in range(len(names))]
     store.set(keys[rank], json.dumps(dict(facts)))
     deadline = time.monotonic() + timeout_seconds
@@ -100,7 +113,7 @@ def meet(
                 raise Silent(message)
             raise UserError(message)
         time.sleep(_LOOK_SECONDS)
-    _compare([json.loads(content) for content in store.multi_get(keys)], rank)
+    return [json.loads(content) for content in store.multi_get(keys)]
 
 
 def _gather(processes: Processes, value: Any) -> list[Any]:

@@ -182,7 +182,7 @@ class Inbox:
             is_watched: whether it is the main thread that waits.
         """
         waiting = self._waiting if is_watched else _unwatched
-        expected = self._expected or self._ask()
+        expected = self._expected or self._ask(waiting)
         self._expected = None
         with waiting(self.sender):
             expected.of_header.wait()
@@ -193,7 +193,7 @@ class Inbox:
             return None
         format = _Format.from_numbers(numbers)
         if expected.values is None:
-            self._ask_values(expected, format.num_values(), format.dtype)
+            self._ask_values(expected, format.num_values(), format.dtype, waiting)
         values = expected.values
         assert values is not None
         assert (values.numel(), values.dtype) == (format.num_values(), format.dtype), (
@@ -203,8 +203,9 @@ class Inbox:
             with waiting(self.sender):
                 expected.of_values.wait()
         if following is not None and not self.flag:
-            self._expected = self._ask()
-            self._ask_values(self._expected, format.num_values(following), format.dtype)
+            self._expected = self._ask(waiting)
+            num = format.num_values(following)
+            self._ask_values(self._expected, num, format.dtype, waiting)
         # The very strides, which say how a layer computes it.
         return values.as_strided(format.shape, format.stride)
 
@@ -213,14 +214,16 @@ class Inbox:
         while (tensor := self.take()) is not None:
             yield tensor
 
-    def _ask(self) -> _Expected:
+    def _ask(self, waiting: Waiting) -> _Expected:
         header = torch.empty(_HEADER_LENGTH, dtype=torch.int64)
-        with self._waiting(self.sender):
+        with waiting(self.sender):
             work = dist.irecv(header, self.sender, group=self._control, tag=_HEADER_TAG)
         return _Expected(header, work)
 
-    def _ask_values(self, expected: _Expected, num: int, dtype: torch.dtype) -> None:
+    def _ask_values(
+        self, expected: _Expected, num: int, dtype: torch.dtype, waiting: Waiting
+    ) -> None:
         expected.values = torch.empty(num, dtype=dtype, device=self._device)
         if num:
-            with self._waiting(self.sender):
+            with waiting(self.sender):
                 expected.of_values = dist.irecv(expected.values, self.sender, tag=_VALUES_TAG)

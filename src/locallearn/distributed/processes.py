@@ -20,14 +20,14 @@ from locallearn.distributed.agreement import meet
 from locallearn.distributed.parallelism import Parallelism
 from locallearn.distributed.pulse import DEAD_AFTER_SECONDS, HANG_AFTER_SECONDS, Pulse
 from locallearn.engine.processes import expecting_others
-from locallearn.errors import UserError
+from locallearn.errors import Silent, UserError
 
 STAGES, REPLICAS = "layers", "data"  # dimensions of the mesh
 
 # What torchrun tells each process.
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-_START_SECONDS = 120.0  # for all to come
+_START_SECONDS = 60.0  # for all to come
 
 
 def num_started() -> int:
@@ -151,13 +151,8 @@ def joined(
     timeout = timedelta(seconds=timeout_seconds)
     store, rank, num = _reach_others()
     names = [_place(parallelism, each) for each in range(num)]
-    meet(
-        store,
-        rank,
-        names,
-        {"--parallel": str(parallelism), "--device": own.type},
-        _START_SECONDS,
-    )
+    layout = {"--parallel": str(parallelism), "--device": own.type}
+    meet(store, rank, names, layout, _START_SECONDS)
     with (
         Pulse(store, rank, names, hang_after=hang_after, dead_after=dead_after) as pulse,
         pulse.failing(),
@@ -184,11 +179,14 @@ def _reach_others() -> tuple[Store, int, int]:
     try:
         store, rank, num = next(rendezvous("env://", timeout=timedelta(seconds=_START_SECONDS)))
     except RuntimeError as error:
-        raise UserError(
-            f"the processes that were started together can't be reached at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
-            f"{_START_SECONDS:.0f} s ({str(error).splitlines()[0]})."
-        ) from error
+        message = (
+            f"torchrun's store can't be reached at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]})."
+        )
+        # Each finds it alone; one of a host says it.
+        if os.environ["LOCAL_RANK"] != "0":
+            raise Silent(message) from error
+        raise UserError(message) from error
     # torchrun keeps its store when it starts the processes again: what was said then is history.
     return PrefixStore(f"attempt/{num_restarts()}", store), rank, num
 

@@ -177,9 +177,7 @@ class ReplayLoader(EpochLoader[Tensor]):
         return crops
 
     def _take(self, buffer: ReplayBuffer) -> tuple[Tensor, int] | None:
-        if buffer.num_taken:  # it does not wait then
-            return buffer.take()
-        with self._waiting(self._inbox.sender):
+        with self._waiting(self._inbox.sender):  # for the first; and an exchange's failure is raised here
             return buffer.take()
 
     def _receive(self, buffer: ReplayBuffer) -> None:

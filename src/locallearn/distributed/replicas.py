@@ -17,6 +17,7 @@ from torch import Tensor
 
 from locallearn.data.loader import Chosen, EpochLoader
 from locallearn.distributed.processes import Processes
+from locallearn.distributed.pulse import Pulse
 from locallearn.distributed.shards import DealtLoader, ShardedLoader
 from locallearn.engine.evaluation import Evaluation, evaluation_of, tally
 from locallearn.engine.learner import LocalLearner
@@ -37,6 +38,7 @@ class Replica:
         self.num = processes.parallelism.num_replicas
         self.synchronize_batch_norm = synchronize_batch_norm
         self._group = processes.replicas
+        self._pulse = processes.pulse
         self._learner: LocalLearner | None = None
         # The last question for a stop, and who answers it.
         self._asked: tuple[Tensor, dist.Work] | None = None
@@ -69,7 +71,8 @@ class Replica:
 
     def begin(self, bucket: Tensor) -> _Sum:
         """Begin to replace what is in ``bucket`` by its sum over the replicas."""
-        return _Sum(dist.all_reduce(bucket, group=self._group, async_op=True))
+        with self._pulse.waiting(None):
+            return _Sum(dist.all_reduce(bucket, group=self._group, async_op=True), self._pulse)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Every replica's, stacked in their order: (D, ...)."""
@@ -77,7 +80,8 @@ class Replica:
         if sent.dtype == torch.bool:  # which is nothing that can be sent
             return self.gather(sent.to(torch.uint8)).bool()
         received = [torch.empty_like(sent) for _ in range(self.num)]
-        dist.all_gather(received, sent, group=self._group)
+        with self._pulse.waiting(None):
+            dist.all_gather(received, sent, group=self._group)
         return torch.stack(received)
 
     # -- what the training loop asks for --------------------------------------------------------
@@ -90,7 +94,8 @@ class Replica:
     def sum(self, tensor: Tensor) -> Tensor:
         """Over the replicas; on the host or the device, the same bits in all of them."""
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self._group)
+        with self._pulse.waiting(None):
+            dist.all_reduce(total, group=self._group)
         return total
 
     def evaluate(
@@ -120,10 +125,12 @@ class Replica:
         answer = 0
         if self._asked is not None:
             asked, work = self._asked
-            work.wait()
+            with self._pulse.waiting(None):
+                work.wait()
             answer = int(asked)
         asked = torch.tensor(signal or 0)
-        work = dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        with self._pulse.waiting(None):
+            work = dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
         self._asked = (asked, work)
         return answer or None
@@ -132,12 +139,14 @@ class Replica:
 class _Sum:
     """A sum that is being made; see `engine.reduction.Pending`."""
 
-    def __init__(self, work: dist.Work | None) -> None:
+    def __init__(self, work: dist.Work | None, pulse: Pulse) -> None:
         assert work is not None, "this process is no member of the group"
         self._work = work
+        self._pulse = pulse
 
     def is_done(self) -> bool:
         return bool(self._work.is_completed())
 
     def wait(self) -> None:
-        self._work.wait()
+        with self._pulse.waiting(None):
+            self._work.wait()

@@ -106,7 +106,8 @@ class ProcessTeam(Team):
         return made[0]
 
     def agree(self, facts: dict[str, Any]) -> None:
-        agree(self._processes, facts)
+        own = {"--balance": self._balance, "--sync-batch-norm": self._synchronize_batch_norm}
+        agree(self._processes, facts | own)
 
     def describe(self) -> dict[str, Any]:
         return {"parallel": str(self._processes.parallelism)}

@@ -742,13 +742,18 @@ def _facts(config: RunConfig, environment: dict[str, Any] | None = None) -> dict
     """
     environment = config.environment if environment is None else environment
     settings = {
-        flag(name): value
+        "the model's file" if name == "model_digest" else flag(name): value
         for name, value in config.settings.to_json().items()
         if name not in _PLACES
     }
     return {
         **settings,
+        "locallearn": environment["locallearn"],
+        "python": environment["python"],
         **environment["packages"],
+        "the device": environment["device_name"],
+        # Its vector instructions, which say how sums are made.
+        "the CPU's instructions": torch.backends.cpu.get_cpu_capability(),
         "the data": config.data["fingerprint"],
         "the classes": list(config.class_names),
     }
