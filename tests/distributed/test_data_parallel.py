@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.distributed.training import train_alone, train_in_processes
 from torch.utils._pytree import tree_leaves
 
 from locallearn.engine.run import load_checkpoint
-from tests.distributed.training import train_alone, train_in_processes
 
 # Of a last batch of two images one of three replicas has none.
 SETTINGS: dict[str, Any] = {

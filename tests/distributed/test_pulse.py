@@ -17,7 +17,7 @@ from tests.distributed.processes import _CONTEXT, environment, in_processes
 
 from locallearn.distributed.parallelism import Parallelism
 from locallearn.distributed.processes import Processes, joined
-from locallearn.distributed.pulse import Beat, Pulse, Watch
+from locallearn.distributed.watch import Beat, Watch
 from locallearn.errors import Silent, UserError
 
 NAMES = ["rank 0", "rank 1", "rank 2"]
@@ -25,7 +25,7 @@ ENDS_WITHIN_SECONDS = 60  # no stated time: only that the test does not wait for
 
 
 def beat(rank: int, count: int, doing: str = "computing", **more: Any) -> Beat:
-    return replace(Beat(rank, count, f"host{rank}", 100 + rank, 1, doing, step=7), **more)
+    return replace(Beat(rank, count, f"host{rank}", 100 + rank, 1, doing, epoch=2, step=7), **more)
 
 
 def beats(count: int, *others: Beat) -> dict[int, Beat]:
@@ -43,7 +43,7 @@ def test_a_rank_without_a_new_beat_is_lost_after_so_long() -> None:
     assert found is not None
     assert found.rank == 1
     assert "rank 1 on host1 (pid 101) has given no sign of life for 2 s" in found.text
-    assert "It was computing in step 7" in found.text
+    assert "It was computing in step 7 of epoch 2" in found.text
 
 
 def test_a_process_that_is_gone_is_lost_at_once() -> None:
@@ -52,7 +52,7 @@ def test_a_process_that_is_gone_is_lost_at_once() -> None:
     assert found is not None
     assert found.rank == 2
     assert "rank 2 on host2 (pid 102) died" in found.text
-    assert "waiting for rank 1 in step 7" in found.text
+    assert "waiting for rank 1 in step 7 of epoch 2" in found.text
 
 
 def test_one_that_was_stopped_itself_accuses_nobody() -> None:
@@ -85,15 +85,19 @@ def test_the_first_that_stood_still_hangs() -> None:
     )
     assert found is not None
     assert found.rank == 1
-    assert "rank 1 on host1 (pid 101) hangs: it has been computing in step 7 for 60 s" in found.text
+    assert (
+        "rank 1 on host1 (pid 101) hangs: it has been computing in step 7 of epoch 2 for 60 s"
+        in found.text
+    )
 
 
-def test_what_may_take_long_does_not_hang() -> None:
+def test_what_may_take_long_hangs_later() -> None:
     watch = Watch(0, NAMES, dead_after=10, hang_after=60)
     for doing in ("starting", "reading the data"):
         others = [beat(0, 1, "waiting", still_seconds=900), beat(2, 1, "ended", still_seconds=900)]
-        busy = beat(1, 1, doing, still_seconds=900)
+        busy = beat(1, 1, doing, still_seconds=599)
         assert watch.look(beats(1, busy, *others), [], 0.5) is None
+        assert watch.look(beats(2, replace(busy, count=2, still_seconds=601)), [], 0.5) is not None
 
 
 def test_all_that_wait_for_each_other_are_stuck() -> None:
@@ -104,15 +108,19 @@ def test_all_that_wait_for_each_other_are_stuck() -> None:
     found = watch.look(beats(1, *waiting, beat(2, 1, "ended")), [], 0.5)
     assert found is not None
     assert found.rank is None
-    assert "rank 0 is waiting for rank 1 in step 7, rank 1 is waiting for rank 2" in found.text
+    assert (
+        "rank 0 is waiting for rank 1 in step 7 of epoch 2, rank 1 is waiting for rank 2"
+        in found.text
+    )
 
 
 # -- with processes ------------------------------------------------------------------------------
 
 
 def _beats_of_each() -> list[tuple[int, int | None, float | None, bool]]:
-    with joined(Parallelism(2, 1), "cpu", 60) as processes, Pulse(processes) as pulse:
-        pulse.note(step=3 + processes.rank, loss=0.5)
+    with joined(Parallelism(2, 1), "cpu", 60) as processes:
+        pulse = processes.pulse
+        pulse.note(epoch=1, step=3 + processes.rank, loss=0.5)
         while len(pulse.beats()) < 2 or pulse.beats()[1 - processes.rank].step is None:
             time.sleep(0.05)
         with pulse.waiting(None):
@@ -132,7 +140,9 @@ def test_each_knows_how_the_others_are() -> None:
 class Job:
     """Processes as torchrun's agent would start them, whose store is in this process."""
 
-    def __init__(self, folder: Path, num: int, body: Callable[..., None], *arguments: Any) -> None:
+    def __init__(
+        self, folder: Path, num: int, body: Callable[[Processes], None], **limits: float
+    ) -> None:
         self.store = dist.TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
         )
@@ -140,7 +150,7 @@ class Job:
         self.processes = [
             _CONTEXT.Process(
                 target=_worker,
-                args=(rank, num, self.store.port, str(self.errors[rank]), body, arguments),
+                args=(rank, num, self.store.port, str(self.errors[rank]), body, limits),
             )
             for rank in range(num)
         ]
@@ -175,8 +185,8 @@ def _worker(
     num: int,
     port: int,
     errors: str,
-    body: Callable[..., None],
-    arguments: tuple[Any, ...],
+    body: Callable[[Processes], None],
+    limits: dict[str, float],
 ) -> None:
     descriptor = os.open(errors, os.O_CREAT | os.O_WRONLY)
     os.dup2(descriptor, 2)
@@ -184,8 +194,9 @@ def _worker(
     torch.set_num_threads(1)
     code = 0
     try:
-        with joined(Parallelism(num, 1), "cpu", 300) as processes:
-            body(processes, *arguments)
+        with joined(Parallelism(num, 1), "cpu", 300, **limits) as processes:
+            processes.pulse.remedy = "Go on with X."
+            body(processes)
     except Silent as error:
         code = error.exit_code
     except UserError as error:
@@ -194,16 +205,13 @@ def _worker(
     os._exit(code)
 
 
-def _ring(
-    processes: Processes, pulse: Pulse, rank_that_stops: int, stops: Callable[[], None]
-) -> None:
-    """Activations go round, from rank to rank; at step 3 one of the ranks does something else."""
+def _go_round(processes: Processes, stops: Callable[[int], None] = lambda step: None) -> None:
+    """Activations go round, from rank to rank."""
     before, after = (processes.rank - 1) % processes.num, (processes.rank + 1) % processes.num
-    content = torch.zeros(8)
+    pulse, content = processes.pulse, torch.zeros(8)
     for step in range(1_000_000):
-        pulse.note(step=step)
-        if step == 3 and processes.rank == rank_that_stops:
-            stops()
+        pulse.note(epoch=1, step=step)
+        stops(step)
         sending = dist.isend(content, after)
         with pulse.waiting(before):
             dist.recv(torch.empty(8), before)
@@ -213,29 +221,32 @@ def _ring(
             processes.store.set("going", "")
 
 
-def _go_round(processes: Processes, dead_after: float) -> None:
-    with Pulse(processes, dead_after=dead_after) as pulse:
-        pulse.remedy = "Go on with X."
-        _ring(processes, pulse, -1, lambda: None)
+def _hang_at_rank_1(processes: Processes) -> None:
+    def stops(step: int) -> None:
+        if processes.rank == 1 and step == 3:
+            time.sleep(1000)
+
+    _go_round(processes, stops)
 
 
-def _go_round_and_hang(processes: Processes, hang_after: float) -> None:
-    with Pulse(processes, hang_after=hang_after) as pulse:
-        _ring(processes, pulse, 1, lambda: time.sleep(1000))
+def _fail_at_rank_2(processes: Processes) -> None:
+    def stops(step: int) -> None:
+        if processes.rank == 2 and step == 3:
+            raise UserError("the loss became NaN.")
+
+    _go_round(processes, stops)
 
 
-def _go_round_and_fail(processes: Processes) -> None:
-    def fail() -> None:
-        raise UserError("the loss became NaN.")
-
-    with Pulse(processes) as pulse:
-        _ring(processes, pulse, 2, fail)
+def _end_early_at_rank_1(processes: Processes) -> None:
+    if processes.rank == 0:
+        with processes.pulse.waiting(1):
+            dist.recv(torch.empty(8), 1)
 
 
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_rank_is_named_by_one_of_the_others(tmp_path: Path, victim: int) -> None:
-    job = Job(tmp_path, 3, _go_round, 10.0)
-    job.wait_for("run/going")
+    job = Job(tmp_path, 3, _go_round)
+    job.wait_for("attempt/0/run/going")
     job.kill(victim)
     codes, lines = job.end()
     expected = [1, 1, 1]
@@ -249,8 +260,8 @@ def test_a_killed_rank_is_named_by_one_of_the_others(tmp_path: Path, victim: int
 
 
 def test_a_stopped_rank_is_named_and_ended(tmp_path: Path) -> None:
-    job = Job(tmp_path, 3, _go_round, 2.0)
-    job.wait_for("run/going")
+    job = Job(tmp_path, 3, _go_round, dead_after=2.0)
+    job.wait_for("attempt/0/run/going")
     job.kill(1, signal.SIGSTOP)
     codes, lines = job.end()
     assert codes == [1, -signal.SIGKILL, 1]
@@ -260,26 +271,33 @@ def test_a_stopped_rank_is_named_and_ended(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
-    codes, lines = Job(tmp_path, 3, _go_round_and_hang, 2.0).end()
+    codes, lines = Job(tmp_path, 3, _hang_at_rank_1, hang_after=2.0).end()
     assert codes == [1, 1, 1]
     assert len(lines) == 1
     assert "rank 1 (stage 1)" in lines[0]
-    assert "hangs: it has been computing in step 3 for 2 s" in lines[0]
+    assert "hangs: it has been computing in step 3 of epoch 1 for 2 s" in lines[0]
     assert "--hang-timeout" in lines[0]
 
 
 def test_a_rank_that_fails_says_it_itself(tmp_path: Path) -> None:
-    codes, lines = Job(tmp_path, 3, _go_round_and_fail).end()
+    codes, lines = Job(tmp_path, 3, _fail_at_rank_2).end()
     assert codes == [1, 1, 2]
     assert lines == ["raised the loss became NaN."]
 
 
 def test_without_the_store_all_end(tmp_path: Path) -> None:
-    job = Job(tmp_path, 2, _go_round, 10.0)
-    job.wait_for("run/going")
+    job = Job(tmp_path, 2, _go_round)
+    job.wait_for("attempt/0/run/going")
     del job.store
     codes, lines = job.end()
     assert codes == [1, 1]
     assert len(lines) == 1
     assert "torchrun, which started rank 0 (stage 0)" in lines[0]
     assert "is gone" in lines[0]
+
+
+def test_one_that_ended_is_not_waited_for(tmp_path: Path) -> None:
+    codes, lines = Job(tmp_path, 2, _end_early_at_rank_1, dead_after=1.0, hang_after=1.0).end()
+    assert codes == [1, 1]
+    assert len(lines) == 1
+    assert "rank 0" in lines[0]

@@ -9,7 +9,6 @@ from tests.distributed.processes import in_processes
 
 from locallearn.distributed.parallelism import Parallelism
 from locallearn.distributed.processes import joined
-from locallearn.distributed.pulse import Pulse
 from locallearn.distributed.team import ProcessTeam
 from locallearn.engine import Interrupted, TrainConfig, Trainer
 
@@ -31,11 +30,8 @@ def train_in_processes(
 def _train(
     parallel: str, num: int, out: str, balance: str | None, settings: dict[str, Any]
 ) -> None:
-    with (
-        joined(Parallelism.parse(parallel, num), "cpu", 120) as processes,
-        Pulse(processes) as pulse,
-    ):
-        _fit(Path(out), settings, ProcessTeam(processes, pulse, balance=balance))
+    with joined(Parallelism.parse(parallel, num), "cpu", 120) as processes:
+        _fit(Path(out), settings, ProcessTeam(processes, balance=balance))
 
 
 def train_alone(out: Path, **settings: Any) -> None:

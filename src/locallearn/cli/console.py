@@ -156,7 +156,7 @@ class TerminalObserver(PlainObserver):
             completed=done,
             total=snapshot.num_epochs * snapshot.num_steps,
             figures=f"loss {snapshot.loss:.3f}  acc {snapshot.accuracy:5.2f} %  "
-            f"{snapshot.images_per_second:,.0f} images/s",
+            f"{snapshot.images_per_second:,.0f} images/s{_loads(snapshot)}",
         )
 
     def on_evaluation(self, epoch: int) -> None:
@@ -167,6 +167,12 @@ class TerminalObserver(PlainObserver):
 
     def close(self) -> None:
         self._progress.stop()
+
+
+def _loads(snapshot: Snapshot) -> str:
+    """Of several processes, by rank, how much of the time each has work."""
+    percents = " ".join(f"{100 * load:.0f}" for load in snapshot.loads)
+    return f"  load {percents} %" if percents else ""
 
 
 def make_observer(*, quiet: bool) -> QuietObserver:

@@ -13,8 +13,8 @@ from locallearn.errors import Silent, UserError
 if TYPE_CHECKING:
     from locallearn.engine.team import Team
 
-# How long processes wait for each other to come, and at most in an exchange; a rank that dies or
-# hangs is found sooner, by its signs of life.
+# How long processes wait at most in an exchange; a rank that dies or hangs is found sooner, by its
+# signs of life.
 _TIMEOUT_SECONDS = 3600.0
 
 
@@ -31,6 +31,16 @@ class Sharing:
     parallel: str | None = None
     balance: str | None = None
     hang_timeout: float | None = None
+
+
+def may_be_restarted() -> bool:
+    """Whether torchrun would start the same command again (--max-restarts)."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started the same command before."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 @contextlib.contextmanager
@@ -55,7 +65,7 @@ def sharing_work(sharing: Sharing, device: str) -> Iterator[Team]:
         return
     from locallearn.distributed.parallelism import Parallelism
     from locallearn.distributed.processes import joined, num_started
-    from locallearn.distributed.pulse import HANG_AFTER_SECONDS, Pulse
+    from locallearn.distributed.pulse import HANG_AFTER_SECONDS
     from locallearn.distributed.team import ProcessTeam
     from locallearn.engine import choose_device
 
@@ -75,8 +85,5 @@ def sharing_work(sharing: Sharing, device: str) -> Iterator[Team]:
             raise Silent(str(error)) from error
         raise
     hang_after = sharing.hang_timeout or HANG_AFTER_SECONDS
-    with (
-        joined(parallelism, chosen, _TIMEOUT_SECONDS) as processes,
-        Pulse(processes, hang_after=hang_after) as pulse,
-    ):
-        yield ProcessTeam(processes, pulse, balance=sharing.balance)
+    with joined(parallelism, chosen, _TIMEOUT_SECONDS, hang_after=hang_after) as processes:
+        yield ProcessTeam(processes, balance=sharing.balance)

@@ -20,6 +20,7 @@ from locallearn.cli import (
     export,
     finetune,
     listing,
+    plan,
     predict,
     report,
     reproduce,
@@ -46,6 +47,7 @@ app.command("reproduce")(reproduce.reproduce)
 app.command("bench")(bench.bench)
 app.command("blocks")(blocks.blocks)
 app.command("cost")(cost.cost)
+app.command("plan")(plan.plan)
 app.add_typer(analyze.app, name="analyze")
 app.command("report")(report.report)
 app.command("list")(listing.list_names)

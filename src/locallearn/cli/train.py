@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from locallearn.cli.console import make_observer
-from locallearn.cli.launching import Sharing, sharing_work
+from locallearn.cli.launching import Sharing, is_restart, may_be_restarted, sharing_work
 from locallearn.cli.naming import file_name
 from locallearn.cli.signals import noting_signals
 from locallearn.errors import UserError
@@ -284,10 +284,6 @@ def train(
     from locallearn.engine.allocator import keep_freed_memory
 
     keep_freed_memory()
-    if resume is not None and out is not None:
-        raise UserError("--resume and --out exclude each other: a resumed run stays in place.")
-    if out == "":
-        raise UserError("--out is empty; give a directory, or leave it out.")
     with sharing_work(Sharing(parallel, balance, hang_timeout), device) as team:
         return _train(given, out, resume, team, quiet=quiet)
 
@@ -297,7 +293,19 @@ def _train(
 ) -> int:
     from locallearn.engine import Interrupted, RunDirectory, TrainConfig, Trainer
 
+    with team.together("the check of the flags"):
+        if resume is not None and out is not None:
+            raise UserError("--resume and --out exclude each other: a resumed run stays in place.")
+        if out == "":
+            raise UserError("--out is empty; give a directory, or leave it out.")
+        if resume is None and out is None and may_be_restarted():
+            raise UserError(
+                "torchrun --max-restarts starts this command again after a failure, which can go "
+                "on with the run only where it knows it: give --out DIRECTORY."
+            )
     observer = make_observer(quiet=quiet or not team.is_first)
+    if resume is None and out is not None and is_restart():
+        resume = team.first(lambda: out if RunDirectory(Path(out)).config_path.exists() else None)
     if resume is not None:
         run = RunDirectory(Path(resume))
         accuracy = team.first(lambda: _finished(run, given))

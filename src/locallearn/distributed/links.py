@@ -27,15 +27,13 @@ from torch import Tensor
 from locallearn.distributed.processes import Processes
 
 Waiting = Callable[[int], contextlib.AbstractContextManager[Any]]
-"""Around the waiting for a rank."""
+"""Around the waiting for a rank, and around what else fails once that is lost."""
 
 _HEADER_TAG, _VALUES_TAG = 1, 2
 _MOST_DIMS = 8
-# number, flag, type of the values, number of dimensions, sizes, strides
-_HEADER_LENGTH = 4 + 2 * _MOST_DIMS
+# number, end of a sequence, flag, batch; type of the values, number of dimensions, sizes, strides
+_HEADER_LENGTH = 4 + 2 + 2 * _MOST_DIMS
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int64)
-
-_END = -1  # as a flag: nothing more comes of this sequence
 
 
 @dataclass(frozen=True)
@@ -92,30 +90,33 @@ class Outbox:
         waiting: around the waiting for it.
 
     Attributes:
-        flag: goes along with what is put; the receiver finds it in its own.
+        flag, batch: numbers that go along with what is put; the receiver finds them in its own.
+        num_bytes: sent so far.
     """
 
     def __init__(self, processes: Processes, receiver: int, waiting: Waiting) -> None:
         self.flag = 0
+        self.batch = 0
+        self.num_bytes = 0
         self._control = processes.control
         self._receiver = receiver
         self._waiting = waiting
         self._number = 0
         self._under_way: list[Any] = []  # works, and what they read
-        self.num_bytes = 0  # sent so far
 
     def put(self, tensor: Tensor) -> None:
         """Send (N, ...), once what was sent before has arrived."""
         tensor = _dense(tensor)
-        self._send_header(_Format.of(tensor), self.flag)
+        self._send_header(_Format.of(tensor))
         if tensor.numel():
-            work = dist.isend(_values(tensor), self._receiver, tag=_VALUES_TAG)
+            with self._waiting(self._receiver):
+                work = dist.isend(_values(tensor), self._receiver, tag=_VALUES_TAG)
             self._under_way.append((work, tensor))
         self.num_bytes += tensor.nbytes
 
     def end(self) -> None:
         """Nothing more comes of this sequence."""
-        self._send_header(_Format(torch.float32, (0,), (1,)), _END)
+        self._send_header(_Format(torch.float32, (0,), (1,)), is_end=True)
 
     def flush(self) -> None:
         """Wait until all has arrived."""
@@ -124,12 +125,17 @@ class Outbox:
                 work.wait()
         self._under_way.clear()
 
-    def _send_header(self, format: _Format, flag: int) -> None:
+    def _send_header(self, format: _Format, *, is_end: bool = False) -> None:
         self.flush()
         self._number += 1
-        header = torch.tensor([self._number, flag, *format.numbers()])
-        work = dist.isend(header, self._receiver, group=self._control, tag=_HEADER_TAG)
+        header = torch.tensor([self._number, int(is_end), self.flag, self.batch, *format.numbers()])
+        with self._waiting(self._receiver):
+            work = dist.isend(header, self._receiver, group=self._control, tag=_HEADER_TAG)
         self._under_way.append((work, header))
+
+
+def _unwatched(rank: int) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 @dataclass
@@ -152,13 +158,14 @@ class Inbox:
         device: where to.
 
     Attributes:
-        flag: of what was taken last.
+        flag, batch: of what was taken last, or of the end.
     """
 
     def __init__(
         self, processes: Processes, sender: int, waiting: Waiting, device: torch.device
     ) -> None:
         self.flag = 0
+        self.batch = 0
         self._control = processes.control
         self._device = device
         self._sender = sender
@@ -166,22 +173,23 @@ class Inbox:
         self._number = 0
         self._expected: _Expected | None = None
 
-    def take(self, following: int | None = None) -> Tensor | None:
+    def take(self, following: int | None = None, *, is_watched: bool = True) -> Tensor | None:
         """The next message, (N, ...); None at the end of a sequence.
 
         Arguments:
             following: N of the one after it, which is like it and is asked for at once, unless
                 this one is flagged; None where that is not known.
+            is_watched: whether it is the main thread that waits.
         """
+        waiting = self._waiting if is_watched else _unwatched
         expected = self._expected or self._ask()
         self._expected = None
-        with self._waiting(self._sender):
+        with waiting(self._sender):
             expected.of_header.wait()
-        number, self.flag, *numbers = expected.header.tolist()
+        number, is_end, self.flag, self.batch, *numbers = expected.header.tolist()
         self._number += 1
         assert number == self._number, f"message {self._number} expected, {number} has come"
-        if self.flag == _END:
-            self.flag = 0
+        if is_end:
             return None
         format = _Format.from_numbers(numbers)
         if expected.values is None:
@@ -192,7 +200,7 @@ class Inbox:
             f"{values.numel()} values of {values.dtype} were expected, {format} has come"
         )
         if expected.of_values is not None:
-            with self._waiting(self._sender):
+            with waiting(self._sender):
                 expected.of_values.wait()
         if following is not None and not self.flag:
             self._expected = self._ask()
@@ -207,10 +215,12 @@ class Inbox:
 
     def _ask(self) -> _Expected:
         header = torch.empty(_HEADER_LENGTH, dtype=torch.int64)
-        work = dist.irecv(header, self._sender, group=self._control, tag=_HEADER_TAG)
+        with self._waiting(self._sender):
+            work = dist.irecv(header, self._sender, group=self._control, tag=_HEADER_TAG)
         return _Expected(header, work)
 
     def _ask_values(self, expected: _Expected, num: int, dtype: torch.dtype) -> None:
         expected.values = torch.empty(num, dtype=dtype, device=self._device)
         if num:
-            expected.of_values = dist.irecv(expected.values, self._sender, tag=_VALUES_TAG)
+            with self._waiting(self._sender):
+                expected.of_values = dist.irecv(expected.values, self._sender, tag=_VALUES_TAG)

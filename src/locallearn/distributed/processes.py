@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,9 @@ from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[a
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from locallearn.distributed.agreement import meet
 from locallearn.distributed.parallelism import Parallelism
+from locallearn.distributed.pulse import DEAD_AFTER_SECONDS, HANG_AFTER_SECONDS, Pulse
 from locallearn.engine.processes import expecting_others
 from locallearn.errors import UserError
 
@@ -23,10 +27,17 @@ STAGES, REPLICAS = "layers", "data"  # dimensions of the mesh
 # What torchrun tells each process.
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
+_START_SECONDS = 120.0  # for all to come
+
 
 def num_started() -> int:
     """How many processes `torchrun` has started together; 1 where it did not start this one."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def num_restarts() -> int:
+    """How often torchrun has started the processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class Processes:
         mesh: stages by replicas.
         control: a gloo group of all of them, for what lies on the host, whatever the device.
         store: a key-value store that all of them reach.
+        pulse: this process's signs of life, and its look at the others'.
+        turns: numbers what is gathered over the store, which all do in the same order.
     """
 
     parallelism: Parallelism
@@ -48,6 +61,8 @@ class Processes:
     mesh: DeviceMesh
     control: ProcessGroup
     store: Store
+    pulse: Pulse
+    turns: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def num(self) -> int:
@@ -67,6 +82,19 @@ class Processes:
     def is_first_of_host(self) -> bool:
         return os.environ["LOCAL_RANK"] == "0"
 
+    def remedy(self, directory: Path) -> str:
+        """What is to be done once a rank is lost, for the message.
+
+        Arguments:
+            directory: of the run.
+        """
+        if num_restarts() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            return f"torchrun starts all again, from the last checkpoint in {directory}."
+        return (
+            f"Go on from the last checkpoint with `torchrun --nproc-per-node {self.num} -m "
+            f"locallearn train --parallel {self.parallelism} --resume {directory}`."
+        )
+
     def rank_of(self, stage: int, replica: int) -> int:
         return stage * self.parallelism.num_replicas + replica
 
@@ -77,16 +105,28 @@ class Processes:
 
 
 @contextlib.contextmanager
-def joined(parallelism: Parallelism, device: str, timeout_seconds: float) -> Iterator[Processes]:
-    """Within: the processes that torchrun has started are joined.
+def joined(
+    parallelism: Parallelism,
+    device: str,
+    timeout_seconds: float,
+    *,
+    hang_after: float = HANG_AFTER_SECONDS,
+    dead_after: float = DEAD_AFTER_SECONDS,
+) -> Iterator[Processes]:
+    """Within: the processes that torchrun has started are joined, and watch each other.
 
     Arguments:
         parallelism: how they are laid out.
         device: "cpu" or "cuda"; of several CUDA devices each process of a host takes its own.
-        timeout_seconds: how long one waits for another, at the start and in an exchange.
+        timeout_seconds: how long one waits for another in an exchange.
+        hang_after: seconds that one may compute without a word, see `pulse`.
+        dead_after: seconds without a sign of life after which one is taken for dead.
 
     Raises:
-        UserError: not started by torchrun, or more processes of a host than CUDA devices.
+        UserError: not started by torchrun, more processes of a host than CUDA devices, one that
+            does not come, or one that is laid out in another way.
+        LostRank: one that died, hangs or failed.
+        Silent: where another process says it.
     """
     missing = [name for name in _NEEDED if name not in os.environ]
     if missing:
@@ -109,14 +149,55 @@ def joined(parallelism: Parallelism, device: str, timeout_seconds: float) -> Ite
         torch.cuda.set_device(own)
         backend = "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=timeout_seconds)
-    store, rank, num = next(rendezvous("env://", timeout=timeout))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=num, timeout=timeout)
+    store, rank, num = _reach_others()
+    names = [_place(parallelism, each) for each in range(num)]
+    meet(
+        store,
+        rank,
+        names,
+        {"--parallel": str(parallelism), "--device": own.type},
+        _START_SECONDS,
+    )
+    with (
+        Pulse(store, rank, names, hang_after=hang_after, dead_after=dead_after) as pulse,
+        pulse.failing(),
+    ):
+        try:
+            with pulse.waiting(None):
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=num, timeout=timeout
+                )
+                shape = (parallelism.num_stages, parallelism.num_replicas)
+                mesh = init_device_mesh(own.type, shape, mesh_dim_names=(STAGES, REPLICAS))
+                control = dist.new_group(backend="gloo", timeout=timeout)
+            assert isinstance(control, ProcessGroup)
+            run = PrefixStore("run", store)
+            with expecting_others(), pulse.failing():  # before the groups are left, which may block
+                yield Processes(parallelism, rank, own, mesh, control, run, pulse)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _reach_others() -> tuple[Store, int, int]:
+    """The store that torchrun keeps, this process's rank, and how many there are."""
     try:
-        shape = (parallelism.num_stages, parallelism.num_replicas)
-        mesh = init_device_mesh(own.type, shape, mesh_dim_names=(STAGES, REPLICAS))
-        control = dist.new_group(backend="gloo", timeout=timeout)
-        assert isinstance(control, ProcessGroup)
-        with expecting_others():
-            yield Processes(parallelism, rank, own, mesh, control, PrefixStore("run", store))
-    finally:
-        dist.destroy_process_group()
+        store, rank, num = next(rendezvous("env://", timeout=timedelta(seconds=_START_SECONDS)))
+    except RuntimeError as error:
+        raise UserError(
+            f"the processes that were started together can't be reached at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
+            f"{_START_SECONDS:.0f} s ({str(error).splitlines()[0]})."
+        ) from error
+    # torchrun keeps its store when it starts the processes again: what was said then is history.
+    return PrefixStore(f"attempt/{num_restarts()}", store), rank, num
+
+
+def _place(parallelism: Parallelism, rank: int) -> str:
+    """ "rank 3 (stage 1, replica 1)"; of a single stage, or without replicas, the one of them."""
+    words = []
+    if parallelism.num_stages > 1:
+        words.append(f"stage {rank // parallelism.num_replicas}")
+    if parallelism.num_replicas > 1:
+        words.append(f"replica {rank % parallelism.num_replicas}")
+    return f"rank {rank} ({', '.join(words)})" if words else f"rank {rank}"

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,23 +29,32 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-from locallearn.distributed.processes import Processes
+from locallearn.distributed.watch import (
+    COMPUTING,
+    ENDED,
+    INTERVAL_SECONDS,
+    STARTING,
+    WAITING,
+    Beat,
+    Finding,
+    Watch,
+    whole_name,
+)
 from locallearn.engine.trainer import Interrupted
 from locallearn.errors import Silent, UserError
 
 DEAD_AFTER_SECONDS = 10.0
 HANG_AFTER_SECONDS = 600.0
 
-_INTERVAL_SECONDS = 0.5
 _MEETING_SECONDS = 0.05  # between looks, until all are there
 _WRITING_SECONDS = 5.0  # that a file which is being written may still take
-_LEAVING_SECONDS = 5.0  # that the main thread has to end by itself
+_ENDING_SECONDS = 1.0  # that the main thread has to begin to end by itself
+_LEAVING_SECONDS = 5.0  # and to end
 _LOAD_BEATS = 10  # that a load is the mean of
 _EXIT_CODE = 1
-
-_STARTING, _COMPUTING, _WAITING, _ENDED = "starting", "computing", "waiting", "ended"
 
 
 class LostRank(UserError):  # noqa: N818 - says what it is
@@ -63,171 +72,17 @@ class LostRank(UserError):  # noqa: N818 - says what it is
         self.rank = rank
 
 
-@dataclass(frozen=True)
-class Beat:
-    """How a rank is.
-
-    Arguments:
-        rank: which.
-        count: of its beats.
-        host: it runs on.
-        pid: of its process there.
-        born: when that process started, ticks since the boot; 0 where the system does not tell.
-        doing: computing, waiting, ended, or in words what may take long.
-        waits_for: the rank that it waits for, or None for all.
-        still_seconds: since its main thread last said anything.
-        step: that it is in, or None before the first.
-        loss, accuracy: of the epoch so far, where it knows them.
-        computing_seconds, waiting_seconds: so far.
-        load: share of the last seconds that it did not wait, in [0, 1].
-    """
-
-    rank: int
-    count: int
-    host: str
-    pid: int
-    born: int
-    doing: str = _STARTING
-    waits_for: int | None = None
-    still_seconds: float = 0.0
-    step: int | None = None
-    loss: float | None = None
-    accuracy: float | None = None
-    computing_seconds: float = 0.0
-    waiting_seconds: float = 0.0
-    load: float = 1.0
-
-    @property
-    def has_ended(self) -> bool:
-        return self.doing == _ENDED
-
-    def describe_doing(self) -> str:
-        """ "computing in step 12", "waiting for rank 1 in step 12"."""
-        words = self.doing
-        if self.doing == _WAITING:
-            words += " for the others" if self.waits_for is None else f" for rank {self.waits_for}"
-        return words if self.step is None else f"{words} in step {self.step}"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Why the training can't go on.
-
-    Arguments:
-        text: a sentence or two that name the rank.
-        rank: that is lost, or None where it is no single one.
-        is_own: whether that rank found it itself, and says it in its own way.
-    """
-
-    text: str
-    rank: int | None = None
-    is_own: bool = False
-
-
-class Watch:
-    """What the others' beats amount to. It counts the seconds that it was awake itself: a process
-    that was stopped for an hour, and goes on, accuses nobody.
-
-    Arguments:
-        rank: of this process.
-        names: of the ranks, for messages.
-        dead_after: seconds without a new beat that mean death.
-        hang_after: seconds that computing, or everyone's waiting, may last without a word.
-    """
-
-    def __init__(
-        self, rank: int, names: Sequence[str], dead_after: float, hang_after: float
-    ) -> None:
-        self._rank = rank
-        self._names = names
-        self._dead_after = dead_after
-        self._hang_after = hang_after
-        self._counts = [-1] * len(names)
-        self._silent_seconds = [0.0] * len(names)
-
-    def look(
-        self, beats: Mapping[int, Beat], gone: Sequence[int], elapsed_seconds: float
-    ) -> Finding | None:
-        """The first reason to end, if there is one.
-
-        Arguments:
-            beats: the latest of each rank that has given one.
-            gone: ranks whose process is known not to exist any more.
-            elapsed_seconds: since the last look.
-        """
-        for rank in range(len(self._names)):
-            beat = beats.get(rank)
-            if beat is not None and beat.count != self._counts[rank]:
-                self._counts[rank], self._silent_seconds[rank] = beat.count, 0.0
-            else:
-                self._silent_seconds[rank] += min(elapsed_seconds, 2 * _INTERVAL_SECONDS)
-        running = {rank: beat for rank, beat in beats.items() if not beat.has_ended}
-        return self._dead(beats, gone) or self._hung(running) or self._stuck(running)
-
-    def _dead(self, beats: Mapping[int, Beat], gone: Sequence[int]) -> Finding | None:
-        words, first = [], None
-        for rank, silent in enumerate(self._silent_seconds):
-            beat = beats.get(rank)
-            if rank == self._rank or (beat is not None and beat.has_ended):
-                continue
-            if beat is None:
-                if silent < self._dead_after:
-                    continue
-                words.append(f"{self._names[rank]} did not come to the start in {silent:.0f} s")
-            elif rank in gone:
-                words.append(
-                    f"{_whole_name(self._names[rank], beat)} died: its process is gone. It was "
-                    f"{beat.describe_doing()}"
-                )
-            elif silent >= self._dead_after:
-                words.append(
-                    f"{_whole_name(self._names[rank], beat)} has given no sign of life for "
-                    f"{silent:.0f} s: it was killed or stopped, or its machine is gone. It was "
-                    f"{beat.describe_doing()}"
-                )
-            else:
-                continue
-            first = rank if first is None else first
-        return Finding("; ".join(words) + ".", first) if words else None
-
-    def _hung(self, running: Mapping[int, Beat]) -> Finding | None:
-        hung = [
-            beat
-            for beat in running.values()
-            if beat.doing == _COMPUTING and beat.still_seconds >= self._hang_after
-        ]
-        if not hung:
-            return None
-        # The others wait for it, and so came to a standstill later.
-        beat = max(hung, key=lambda each: each.still_seconds)
-        return Finding(
-            f"{_whole_name(self._names[beat.rank], beat)} hangs: it has been "
-            f"{beat.describe_doing()} for {beat.still_seconds:.0f} s. If it needs so long, give a "
-            f"longer --hang-timeout.",
-            beat.rank,
-        )
-
-    def _stuck(self, running: Mapping[int, Beat]) -> Finding | None:
-        still = min((beat.still_seconds for beat in running.values()), default=0.0)
-        all_wait = all(beat.doing == _WAITING for beat in running.values())
-        if not (all_wait and still >= self._hang_after):
-            return None
-        doing = ", ".join(
-            f"rank {rank} is {beat.describe_doing()}" for rank, beat in sorted(running.items())
-        )
-        return Finding(f"all wait for each other since {still:.0f} s: {doing}.")
-
-
 @dataclass
 class _Main:
     """What the main thread is at; guarded by Pulse's lock."""
 
-    doing: str = _STARTING
+    doing: str = STARTING
     waits_for: int | None = None
     since: float = field(default_factory=time.monotonic)  # of what it does
     spoke: float = field(default_factory=time.monotonic)
     computing_seconds: float = 0.0
     waiting_seconds: float = 0.0
+    epoch: int | None = None
     step: int | None = None
     loss: float | None = None
     accuracy: float | None = None
@@ -240,7 +95,7 @@ class _Main:
     def seconds(self) -> tuple[float, float]:
         """Computing and waiting so far."""
         now = time.monotonic() - self.since
-        waiting = self.doing == _WAITING
+        waiting = self.doing == WAITING
         return (
             self.computing_seconds + (0 if waiting else now),
             self.waiting_seconds + (now if waiting else 0),
@@ -250,11 +105,13 @@ class _Main:
 class Pulse:
     """This process's signs of life, and its look at the others'.
 
-    Within ``with``, which begins once all have given a sign, it beats. An error that leaves the
-    ``with`` is this rank's last word: the others end, and say it.
+    Within ``with``, which begins once all have given a sign, it beats. Where the ``with`` is left
+    without an error, it first waits for the others to come so far.
 
     Arguments:
-        processes: all of them.
+        store: that all reach.
+        rank: of this process.
+        names: of all ranks, for messages.
         dead_after: seconds without a sign of life after which a rank is taken for dead.
         hang_after: seconds that a rank may compute without a word.
 
@@ -268,28 +125,28 @@ class Pulse:
 
     def __init__(
         self,
-        processes: Processes,
+        store: Store,
+        rank: int,
+        names: Sequence[str],
         *,
         dead_after: float = DEAD_AFTER_SECONDS,
         hang_after: float = HANG_AFTER_SECONDS,
     ) -> None:
         self.remedy = ""
-        self._rank = processes.rank
+        self._rank = rank
         self._dead_after = dead_after
-        self._names = [place(processes, rank) for rank in range(processes.num)]
-        self._watch = Watch(self._rank, self._names, dead_after, hang_after)
-        # A connection of its own: an exchange that waits on the other one holds its lock. The
-        # count of restarts, since torchrun may keep the store of the processes that were lost.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = PrefixStore(f"pulse/{attempt}", processes.store.clone())
+        self._names = names
+        self._watch = Watch(rank, names, dead_after, hang_after)
+        # A connection of its own: an exchange that waits on the other one holds its lock.
+        self._store = PrefixStore("pulse", store.clone())
         self._store.set_timeout(timedelta(seconds=dead_after))
-        self._keys = [f"beat/{rank}" for rank in range(processes.num)]
+        self._keys = [f"beat/{rank}" for rank in range(len(names))]
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._main = _Main()
         self._host = socket.gethostname()
         self._parent = os.getppid()
-        self._own = Beat(self._rank, 0, self._host, os.getpid(), _born(os.getpid()) or 0)
+        self._own = Beat(rank, 0, self._host, os.getpid(), _born(os.getpid()) or 0)
         self._beats: dict[int, Beat] = {}
         self._loads: deque[tuple[float, float]] = deque(maxlen=_LOAD_BEATS + 1)
         self._neighbours: dict[int, tuple[int, int]] = {}  # ranks on this machine: pid, born
@@ -298,8 +155,9 @@ class Pulse:
         self._verdict: Finding | None = None
         self._is_said = True  # by another than this process
         self._wake = threading.Event()
-        self._met = threading.Event()
+        self._met = threading.Event()  # all have given a sign
         self._judged = threading.Event()
+        self._parted = threading.Event()  # all have ended
         self._closed = threading.Event()
         self._main_ends = False  # the main thread is on its way out by itself
         self._num_ticks_done = 0
@@ -327,26 +185,32 @@ class Pulse:
         traceback: TracebackType | None,
     ) -> None:
         if error is None or isinstance(error, Interrupted):  # on request, and so do the others
-            self.close()
-            return
-        self._main_ends = True
-        if not isinstance(error, LostRank | Silent):
-            self.last_word(_first_line(error))
+            self._turn_to(ENDED)
+            self._wake.set()
+            self._parted.wait()
         self.close()
-        # Leaving the process groups may block where a rank is lost.
-        threading.Thread(target=self._end_late, args=(_first_line(error),), daemon=True).start()
 
     # -- the main thread's -----------------------------------------------------------------------
 
-    def note(self, *, step: int, loss: float | None = None, accuracy: float | None = None) -> None:
-        """Say where this rank is: the step that it begins; its loss and accuracy, where known."""
+    def note(
+        self,
+        *,
+        epoch: int | None = None,
+        step: int | None = None,
+        loss: float | None = None,
+        accuracy: float | None = None,
+    ) -> None:
+        """Say that this rank goes on: with the step that it begins, and what it knows of the
+        epoch's loss and accuracy; what is left out stays as it was."""
         with self._lock:
-            self._main.spoke = time.monotonic()
-            self._main.step = step
-            self._main.loss = self._main.loss if loss is None else loss
-            self._main.accuracy = self._main.accuracy if accuracy is None else accuracy
-            if self._main.doing == _STARTING:
-                self._main.turn_to(_COMPUTING)
+            main = self._main
+            main.spoke = time.monotonic()
+            main.epoch = main.epoch if epoch is None else epoch
+            main.step = main.step if step is None else step
+            main.loss = main.loss if loss is None else loss
+            main.accuracy = main.accuracy if accuracy is None else accuracy
+            if step is not None and main.doing == STARTING:
+                main.turn_to(COMPUTING)
 
     @contextlib.contextmanager
     def waiting(self, for_rank: int | None) -> Iterator[None]:
@@ -356,7 +220,7 @@ class Pulse:
             LostRank: the exchange failed; names who is to blame.
             Silent: likewise, and another process says it.
         """
-        with self._doing(_WAITING, for_rank):
+        with self._doing(WAITING, for_rank):
             try:
                 yield
             except RuntimeError as error:  # gloo's and NCCL's own
@@ -365,8 +229,29 @@ class Pulse:
                 raise self.blame(error) from error
 
     def busy(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Within: the main thread is at something that may take any time ("reading the data")."""
+        """Within: the main thread is at something that may take long ("reading the data")."""
         return self._doing(what)
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Within: an error is this rank's last word. The others end, and say that it failed.
+
+        Raises:
+            LostRank: in place of what an exchange raised where the device waited for it.
+            Silent: likewise.
+        """
+        try:
+            yield
+        except dist.DistError as error:
+            raise self.blame(error) from error
+        except BaseException as error:
+            if not isinstance(error, Interrupted):
+                self._main_ends = True
+                if not isinstance(error, LostRank | Silent):
+                    name = whole_name(self._names[self._rank], self._own)
+                    text = f"{name} failed: {_first_line(error)}"
+                    self._propose(Finding(text, self._rank, said_at=self._host))
+            raise
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -387,7 +272,7 @@ class Pulse:
         """
         self._main_ends = True
         self._wake.set()
-        if not self._judged.wait(self._dead_after + 2 * _INTERVAL_SECONDS):
+        if not self._judged.wait(self._dead_after + 2 * INTERVAL_SECONDS):
             waits_for = self._main.waits_for
             whom = "the others" if waits_for is None else f"rank {waits_for}"
             ended = [str(beat.rank) for beat in self.beats() if beat.has_ended]
@@ -400,23 +285,18 @@ class Pulse:
             )
         return self._error()
 
-    def last_word(self, text: str) -> None:
-        """This rank fails by itself, and says why in its own way; the others say that it did."""
-        self._main_ends = True
-        name = _whole_name(self._names[self._rank], self._own)
-        self._propose(Finding(f"{name} failed: {text}", self._rank, is_own=True))
-
     def close(self) -> None:
-        """This rank has finished; it is not missed from here on."""
-        if self._closed.is_set():
-            return
-        with self._lock:
-            self._main.turn_to(_ENDED)
+        """Beat no more."""
+        self._turn_to(ENDED)
         self._closed.set()
         self._wake.set()
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(2 * _INTERVAL_SECONDS)
+                thread.join(2 * INTERVAL_SECONDS)
+
+    def _turn_to(self, doing: str) -> None:
+        with self._lock:
+            self._main.turn_to(doing)
 
     @contextlib.contextmanager
     def _doing(self, what: str, for_rank: int | None = None) -> Iterator[None]:
@@ -440,7 +320,7 @@ class Pulse:
         """Have the thread make it the verdict, unless there is one."""
         self._proposal = finding
         self._wake.set()
-        self._judged.wait(4 * _INTERVAL_SECONDS)
+        self._judged.wait(4 * INTERVAL_SECONDS)
 
     # -- the threads' ----------------------------------------------------------------------------
 
@@ -448,20 +328,19 @@ class Pulse:
         began = time.monotonic()
         try:
             while True:
-                self._wake.wait(_INTERVAL_SECONDS if self._met.is_set() else _MEETING_SECONDS)
+                self._wake.wait(INTERVAL_SECONDS if self._met.is_set() else _MEETING_SECONDS)
                 self._wake.clear()
                 closed = self._closed.is_set()
                 now = time.monotonic()
                 finding = self._exchange_beats(now - began)
                 began = now
                 self._num_ticks_done += 1
-                if self._verdict is None and finding is not None:
+                if finding is not None:
                     self._judge(finding)
-                if closed or self._verdict is not None:
+                if closed or finding is not None:
                     return
         except RuntimeError:  # of the store: it is gone, and with it torchrun, which keeps it
-            if not self._closed.is_set():
-                self._end_without_torchrun("is gone")
+            self._end_without_torchrun("is gone")
 
     def _exchange_beats(self, elapsed_seconds: float) -> Finding | None:
         """Write the own beat, read the others', and judge."""
@@ -483,6 +362,8 @@ class Pulse:
         finding = self._watch.look(self._beats, self._gone(), elapsed_seconds)
         if len(self._beats) == len(self._keys):
             self._met.set()
+            if all(beat.has_ended for beat in self._beats.values()):
+                self._parted.set()
         return self._proposal or finding
 
     def _gone(self) -> list[int]:
@@ -507,20 +388,23 @@ class Pulse:
         """Make it everyone's verdict, or take the one that was there first, and end."""
         text = self._store.compare_set("verdict", "", json.dumps(asdict(finding)))
         verdict = Finding(**json.loads(text))
-        first = self._store.add(f"said/{self._host}", 1) == 1
-        own = verdict.is_own and verdict.rank == self._rank
-        self._is_said = own or not first
+        is_said = verdict.said_at == self._host
+        says_it = not is_said and self._store.add(f"said/{self._host}", 1) == 1
+        self._is_said = not says_it
         self._verdict = verdict
         self._kill_stopped()
         self._judged.set()
         self._met.set()
-        if not own:  # else the main thread is ending by its own error
-            self._leave(verdict, says_it=first)
+        # The one that says it, in its own way, may not come to that.
+        self._leave(verdict, says_it=says_it or (is_said and verdict.rank == self._rank))
 
     def _leave(self, verdict: Finding, *, says_it: bool) -> None:
-        """End the process, once the main thread had its time to end by itself if it is about to."""
-        if not (self._main_ends and self._closed.wait(_LEAVING_SECONDS)):
-            self._end(verdict, says_it=says_it)
+        """End the process, once the main thread had its time to end by itself."""
+        if self._closed.wait(_ENDING_SECONDS):
+            return
+        if self._main_ends and self._closed.wait(_LEAVING_SECONDS):
+            return
+        self._end(verdict, says_it=says_it)
 
     def _kill_stopped(self) -> None:
         """End the ranks of this machine that are stopped. They hear no SIGTERM, and torchrun gives
@@ -533,13 +417,13 @@ class Pulse:
     def _guard(self) -> None:
         """End the process where torchrun is gone, or its store no longer answers."""
         silent_seconds, num_ticks = 0.0, -1
-        while not self._closed.wait(_INTERVAL_SECONDS):
+        while not (self._closed.wait(INTERVAL_SECONDS) or self._parted.is_set()):
             if os.getppid() != self._parent:
                 self._end_without_torchrun("is gone")
             if self._judged.is_set() or num_ticks != self._num_ticks_done:
                 silent_seconds, num_ticks = 0.0, self._num_ticks_done
             else:
-                silent_seconds += _INTERVAL_SECONDS
+                silent_seconds += INTERVAL_SECONDS
             if silent_seconds >= self._dead_after:
                 self._end_without_torchrun(f"has not answered for {silent_seconds:.0f} s")
 
@@ -555,6 +439,7 @@ class Pulse:
             doing=main.doing,
             waits_for=main.waits_for,
             still_seconds=time.monotonic() - main.spoke,
+            epoch=main.epoch,
             step=main.step,
             loss=main.loss,
             accuracy=main.accuracy,
@@ -565,10 +450,13 @@ class Pulse:
 
     def _end_without_torchrun(self, what: str) -> None:
         """torchrun on this host, or the one that keeps the store, is gone: each finds it alone."""
+        if self._main.doing == ENDED:  # no more is to be asked of it
+            self._parted.set()
+            return
         says_it = os.environ.get("LOCAL_RANK", "0") == "0"
         self._is_said = not says_it
         self._verdict = Finding(
-            f"torchrun, which started {_whole_name(self._names[self._rank], self._own)}, {what}."
+            f"torchrun, which started {whole_name(self._names[self._rank], self._own)}, {what}."
         )
         self._judged.set()
         self._met.set()
@@ -583,26 +471,6 @@ class Pulse:
         if says_it:
             _say(f"Error: {self._whole(verdict)}")
         os._exit(_EXIT_CODE)
-
-    def _end_late(self, text: str) -> None:
-        time.sleep(_LEAVING_SECONDS)
-        _say(f"Error: {self._names[self._rank]} could not leave the others: {text}")
-        os._exit(_EXIT_CODE)
-
-
-def place(processes: Processes, rank: int) -> str:
-    """ "rank 3 (stage 1, replica 1)"; of a single stage, or without replicas, the one of them."""
-    replicas = processes.parallelism.num_replicas
-    words = []
-    if processes.parallelism.num_stages > 1:
-        words.append(f"stage {rank // replicas}")
-    if replicas > 1:
-        words.append(f"replica {rank % replicas}")
-    return f"rank {rank} ({', '.join(words)})" if words else f"rank {rank}"
-
-
-def _whole_name(name: str, beat: Beat) -> str:
-    return f"{name} on {beat.host} (pid {beat.pid})"
 
 
 def _first_line(error: BaseException) -> str:

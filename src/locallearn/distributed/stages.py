@@ -11,6 +11,7 @@ first of them, and what lies behind the last block to the last stage.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,34 +149,47 @@ class _Owners:
     of_optimizer: dict[str, int]
     of_norm: list[int]
 
-    def merged(self, states: Sequence[State]) -> State:
-        """The state of the whole, of those of the stages."""
-        tables = {
-            "model": self.of_tensor,
-            "heads": self.of_head,
-            "optimizers": self.of_optimizer,
-        }
-        whole = dict(states[0])
-        for name, owners in tables.items():
-            whole[name] = {key: states[stage][name][key] for key, stage in owners.items()}
-        counts = [state["statistics"]["counts"] for state in states]
-        columns = [counts[stage][column] for column, stage in enumerate(self.of_norm)]
-        if columns:
-            whole["statistics"] = {"counts": torch.stack(columns)}
+    def merged(self, own: State, states: Sequence[State]) -> State:
+        """The state of the whole.
+
+        Arguments:
+            own: of any stage's learner, with all the entries.
+            states: the parts, by stage.
+        """
+        whole = dict(own)
+        for name, owners in self._tables():
+            whole[name] = copy.copy(own[name])  # a module's has more to it than entries
+            for key, stage in owners.items():
+                whole[name][key] = states[stage][name][key]
+        counts = self._merged_counts([state["statistics"]["counts"] for state in states])
+        whole["statistics"] = {"counts": counts}
         return whole
+
+    def merged_replica(self, states: Sequence[State]) -> State:
+        """The same of :meth:`LocalLearner.replica_state`."""
+        running = {
+            name: states[self.of_tensor[name]]["running"][name] for name in states[0]["running"]
+        }
+        return {"running": running, "counts": self._merged_counts([s["counts"] for s in states])}
+
+    def _merged_counts(self, counts: Sequence[Tensor]) -> Tensor:
+        columns = [counts[stage][column] for column, stage in enumerate(self.of_norm)]
+        return torch.stack(columns) if columns else counts[0]
 
     def part(self, state: State, stage: int) -> State:
         """What a stage has to say of its learner's state."""
-        tables = (
+        parts = {
+            name: {key: state[name][key] for key, owner in owners.items() if owner == stage}
+            for name, owners in self._tables()
+        }
+        return state | parts
+
+    def _tables(self) -> tuple[tuple[str, dict[str, int]], ...]:
+        return (
             ("model", self.of_tensor),
             ("heads", self.of_head),
             ("optimizers", self.of_optimizer),
         )
-        parts = {
-            name: {key: state[name][key] for key, owner in owners.items() if owner == stage}
-            for name, owners in tables
-        }
-        return state | parts
 
 
 class Stage:

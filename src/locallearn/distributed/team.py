@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,6 @@ from locallearn.distributed.agreement import agree, together
 from locallearn.distributed.balance import balanced, parse_balance
 from locallearn.distributed.links import Inbox, Outbox
 from locallearn.distributed.processes import Processes
-from locallearn.distributed.pulse import Pulse
 from locallearn.distributed.receiving import ReceivingLoader
 from locallearn.distributed.replicas import Replica
 from locallearn.distributed.stages import Spread, State, whole
@@ -26,12 +26,14 @@ from locallearn.engine.config import TrainConfig
 from locallearn.engine.evaluation import Evaluation, evaluation_of, tally
 from locallearn.engine.learner import LocalLearner
 from locallearn.engine.results import StepResult
+from locallearn.engine.sums import EpochSums
 from locallearn.engine.team import Team
 from locallearn.errors import UserError
 
 Made = TypeVar("Made")
 
 _LOOK_SECONDS = 0.5  # between looks whether another process was asked to stop
+_TELL_SECONDS = 1.0  # between figures for the progress bar
 _STOP_KEY = "stop"
 
 
@@ -40,7 +42,6 @@ class ProcessTeam(Team):
 
     Arguments:
         processes: all that have joined.
-        pulse: its signs of life.
         balance: "2,3,1", blocks of each stage; None measures, and balances by time.
         synchronize_batch_norm: whether replicas normalise by whole batches.
     """
@@ -50,13 +51,12 @@ class ProcessTeam(Team):
     def __init__(
         self,
         processes: Processes,
-        pulse: Pulse,
         *,
         balance: str | None = None,
         synchronize_batch_norm: bool = False,
     ) -> None:
         self._processes = processes
-        self._pulse = pulse
+        self._pulse = processes.pulse
         self._balance = balance
         self._synchronize_batch_norm = synchronize_batch_norm
         self._replica: Replica | None = None  # where there are several
@@ -65,6 +65,7 @@ class ProcessTeam(Team):
         self._own_request: int | None = None
         self._stop: int | None = None
         self._looked = 0.0
+        self._told = 0.0
         self._num_elements_before = 0  # values that were made before all processes went on
 
     @property
@@ -167,7 +168,8 @@ class ProcessTeam(Team):
     # -- training -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self, directory: Path) -> Iterator[None]:
+        self._pulse.remedy = self._processes.remedy(directory)
         with self._stage.alone(self._put):
             yield
 
@@ -180,6 +182,22 @@ class ProcessTeam(Team):
             with self.together("sharing the batches"):
                 loader = self._replica.loader(loader)
         return loader if self._stage.is_first else ReceivingLoader(loader, self._inbox)
+
+    def tell(self, epoch: int, step: int, sums: EpochSums) -> None:
+        self._pulse.note(epoch=epoch, step=step)
+        now = time.monotonic()
+        # Asking for the figures makes the host wait for the device.
+        if self._stage.is_last and now - self._told > _TELL_SECONDS:
+            self._told = now
+            self._pulse.note(loss=sums.mean_loss()[0], accuracy=sums.accuracy()[0])
+
+    def progress(self, sums: EpochSums) -> tuple[float, float, tuple[float, ...]]:
+        beats = self._pulse.beats()
+        last = beats[self._processes.rank_of(self._processes.parallelism.num_stages - 1, 0)]
+        return last.loss or 0.0, last.accuracy or 0.0, tuple(beat.load for beat in beats)
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        return self._pulse.writing()
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         if not self._stage.is_first:
@@ -266,31 +284,53 @@ class ProcessTeam(Team):
             loader = ReceivingLoader(loader, self._inbox)
         found: list[Any] = [None]
         if self._stage.is_last:
-            counted = tally(infer, loader.epoch(), num_classes)
+            counted = tally(self._noting(infer), loader.epoch(), num_classes)
             replica = self._replica
             found[0] = replica.evaluation(*counted) if replica else evaluation_of(*counted)
         else:
             for images, _ in loader.epoch():
+                self._pulse.note()
                 self._learner.run(images)
         last = self._processes.rank_of(self._processes.parallelism.num_stages - 1, 0)
         with self._pulse.waiting(last):
             dist.broadcast_object_list(found, src=last, group=self._processes.control)
         return found[0]  # type: ignore[no-any-return]
 
+    def _noting(self, infer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """With a sign of life for every batch."""
+
+        def inferring(images: Tensor) -> Tensor:
+            self._pulse.note()
+            return infer(images)
+
+        return inferring
+
     def training_state(self) -> State | None:
+        owners, num_replicas = self._stage.owners, self._processes.parallelism.num_replicas
+        own = _on_host(self._learner.replica_state())
         self._synchronize_buffers()
         state = _on_host(self._learner.training_state())
-        parts = self._gathered(self._stage.owners.part(state, self._stage.number))
+        parts = self._gathered({"own": own} | owners.part(state, self._stage.number))
         if not parts:
             return None
-        stages = parts[:: self._processes.parallelism.num_replicas]
-        whole = self._stage.owners.merged(stages)
+        of_replicas = [
+            owners.merged_replica([part.pop("own") for part in parts[replica::num_replicas]])
+            for replica in range(num_replicas)
+        ]
+        stages = parts[::num_replicas]
+        whole = self._stage.owners.merged(state, stages)
         begun = self._num_elements_before
+        if num_replicas > 1:
+            whole["replicas"] = of_replicas
         whole["num_elements"] = begun + sum(part["num_elements"] - begun for part in stages)
         return whole
 
     def load_training_state(self, state: State) -> None:
         self._learner.load_training_state(state)
+        of_replicas = state.get("replicas", [])
+        # Of another number of them it is their mean that goes on.
+        if len(of_replicas) == self._processes.parallelism.num_replicas:
+            self._learner.load_replica_state(of_replicas[self._processes.replica])
         self._stage.keep_own_state()
         self._num_elements_before = state["num_elements"]
 

@@ -7,11 +7,12 @@ cut where one block ends and the next begins: their sum is the step's time.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 from locallearn.engine.blocks import Blocks, Inputs, plan_blocks
 from locallearn.engine.learner import LocalLearner
 from locallearn.errors import UserError
-from locallearn.rules import Backprop, LocalRule
+from locallearn.rules import Backprop
 
 REPEATS = 9
-_NUM_WARM_UP_STEPS = 2
+NUM_WARM_UP_STEPS = 2
 _FEWEST_REPEATS = 3
 
 
@@ -75,6 +76,9 @@ class BackpropCost:
         return self.forward_ms + self.backward_ms + self.update_ms
 
 
+Cost = TypeVar("Cost", BlockCost, BackpropCost)
+
+
 def measure_block_costs(
     learner: LocalLearner,
     images: Inputs,
@@ -82,6 +86,7 @@ def measure_block_costs(
     *,
     repeats: int = REPEATS,
     limit_seconds: float = 5.0,
+    warm_up: int = NUM_WARM_UP_STEPS,
 ) -> list[BlockCost]:
     """The median cost of each block in steps on one batch, in the order in which they run; that of
     the output layer comes last.
@@ -94,13 +99,14 @@ def measure_block_costs(
         images, labels: a batch, as ``learner.step`` takes it.
         repeats: timed steps, after some that are not.
         limit_seconds: fewer are timed, but three, where they would take longer than this.
+        warm_up: how many come before them.
 
     Raises:
         UserError: a rule whose blocks do not learn on their own, or a model that runs a block more
             than once, or not at all.
     """
     learner.build(images)
-    if not isinstance(learner.rule, LocalRule):
+    if not learner.is_local:
         raise UserError(
             f"rule {learner.rule.name!r} needs {learner.rule.requires}, so its blocks have no "
             f"steps of their own to be measured. Use a local rule, as lls."
@@ -119,9 +125,9 @@ def measure_block_costs(
         learner.infer(images)
 
     with learner.trial(), _marking_blocks(modules, marks) as input_bytes:
-        steps = _median_spans(_timed(step, marks, repeats, limit_seconds), modules)
+        steps = _median_spans(_timed(step, marks, repeats, limit_seconds, warm_up), modules)
         learner.eval()
-        forwards = _median_spans(_timed(infer, marks, repeats, limit_seconds), modules)
+        forwards = _median_spans(_timed(infer, marks, repeats, limit_seconds, warm_up), modules)
     return [
         BlockCost(name, steps[name], forwards[name], input_bytes[name], trained.get(name, 0))
         for name in steps
@@ -136,6 +142,7 @@ def measure_backprop_costs(
     blocks: Blocks = "auto",
     repeats: int = REPEATS,
     limit_seconds: float = 5.0,
+    warm_up: int = NUM_WARM_UP_STEPS,
 ) -> list[BackpropCost]:
     """As :func:`measure_block_costs`, of a learner under plain bp.
 
@@ -143,7 +150,7 @@ def measure_backprop_costs(
         learner: of rule bp, in its plain form (``bp_memory`` plain), not compiled.
         images, labels: a batch, as ``learner.step`` takes it.
         blocks: of which modules, as :class:`LocalLearner` takes them.
-        repeats, limit_seconds: as of :func:`measure_block_costs`.
+        repeats, limit_seconds, warm_up: as of :func:`measure_block_costs`.
 
     Raises:
         UserError: another rule, or a model that runs a block more than once, or not at all, or in
@@ -155,13 +162,7 @@ def measure_backprop_costs(
             f"the costs of backpropagation are measured under rule 'bp' in its plain form, not "
             f"{learner.rule.name!r}."
         )
-    plan = plan_blocks(
-        learner.model,
-        blocks,
-        inputs=images,
-        num_classes=learner.num_classes,
-        reads_outputs=False,
-    )
+    plan = plan_blocks(learner.model, blocks, inputs=images, num_classes=learner.num_classes)
     modules = {block.name: block.members for block in plan.blocks}
     marks = _Marks(labels.device)
 
@@ -173,8 +174,30 @@ def measure_backprop_costs(
         _marking_blocks(modules, marks, learner.model) as input_bytes,
         _marking_update(learner.optimizers[""], marks),
     ):
-        runs = _timed(step, marks, repeats, limit_seconds)
+        runs = _timed(step, marks, repeats, limit_seconds, warm_up)
     return _backprop_costs(learner, modules, runs, input_bytes)
+
+
+def halved(batch_size: int) -> list[int]:
+    """A batch size, and what halving it makes of it, down to 2 images: of one BatchNorm may have no
+    variance."""
+    sizes = [batch_size]
+    while sizes[-1] // 2 >= 2:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def median_of(rounds: Sequence[Sequence[Cost]]) -> list[Cost]:
+    """Of costs that were measured several times, each time's medians: their medians."""
+    found = []
+    for costs in zip(*rounds, strict=True):
+        times = {
+            field.name: statistics.median(getattr(cost, field.name) for cost in costs)
+            for field in dataclasses.fields(costs[0])
+            if field.name.endswith("_ms")
+        }
+        found.append(dataclasses.replace(costs[0], **times))
+    return found
 
 
 def _backprop_costs(
@@ -354,10 +377,10 @@ def _marking_update(optimizer: Optimizer, marks: _Marks) -> Iterator[None]:
 
 
 def _timed(
-    call: Callable[[], object], marks: _Marks, repeats: int, limit_seconds: float
+    call: Callable[[], object], marks: _Marks, repeats: int, limit_seconds: float, warm_up: int
 ) -> list[dict[str, float]]:
     """The moments of each timed call."""
-    for _ in range(_NUM_WARM_UP_STEPS):
+    for _ in range(warm_up):
         marks.begin()
         call()
     runs: list[dict[str, float]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from locallearn.engine.config import TrainConfig
 from locallearn.engine.evaluation import Evaluation, evaluate
 from locallearn.engine.learner import LocalLearner
 from locallearn.engine.results import StepResult
+from locallearn.engine.sums import EpochSums
 
 Made = TypeVar("Made")
 State = dict[str, Any]
@@ -79,13 +81,34 @@ class Team:
 
     # -- training -------------------------------------------------------------------------------
 
-    def working(self) -> contextlib.AbstractContextManager[None]:
-        """Around the whole training."""
+    def working(self, directory: Path) -> contextlib.AbstractContextManager[None]:
+        """Around the whole training.
+
+        Arguments:
+            directory: of the run, with which a training that breaks off can be gone on with.
+        """
         return contextlib.nullcontext()
 
     def training_loader(self, loader: EpochLoader[Any]) -> EpochLoader[Any]:
         """From the loader of the whole batches to that of this process's part of them."""
         return loader
+
+    def tell(self, epoch: int, step: int, sums: EpochSums) -> None:
+        """Before a step, where the training is: to those who watch it.
+
+        Arguments:
+            epoch, step: from 1.
+            sums: of the epoch so far.
+        """
+
+    def progress(self, sums: EpochSums) -> tuple[float, float, tuple[float, ...]]:
+        """Loss and accuracy (percent) of the epoch so far, and of each of several processes the
+        share of the last seconds that it did not wait."""
+        return sums.mean_loss()[0], sums.accuracy()[0], ()
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """Around the writing of files."""
+        return contextlib.nullcontext()
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """A training step of this process's part. Of a result, what other processes make is left

@@ -74,7 +74,8 @@ class Snapshot:
     """Where an epoch is: what a progress bar shows.
 
     epoch: from 1; step: steps done of num_steps; loss and accuracy (percent): means over the
-    epoch so far, of the network's output; images_per_second: over the epoch so far.
+    epoch so far, of the network's output; images_per_second: over the epoch so far; loads: of each
+    of several processes, the share of the last seconds that it did not wait.
     """
 
     epoch: int
@@ -84,6 +85,7 @@ class Snapshot:
     loss: float
     accuracy: float
     images_per_second: float
+    loads: tuple[float, ...] = ()
 
 
 class Observer(DataListener, Protocol):
@@ -402,7 +404,7 @@ class Trainer:
             writer = SummaryWriter(str(self.run.tensorboard_path), purge_step=self.epoch + 1)
         skipped = self._front.skipped() if self._front else contextlib.nullcontext()
         try:
-            with skipped, self.team.working():
+            with skipped, self.team.working(self.run.path):
                 self._train_epochs(writer)
         finally:
             if writer is not None:
@@ -433,6 +435,7 @@ class Trainer:
         for crops, labels in self.train_loader.crops(self.epoch, start=self.step):
             if self._streams is not None:
                 self._streams.begin(self.epoch, self.step)
+            self.team.tell(self.epoch + 1, self.step + 1, self.sums)
             result = self.peak.step(self._step, crops, labels)
             self._unchecked.append(self.sums.add(result, labels))
             self.step += 1
@@ -541,7 +544,8 @@ class Trainer:
         self.sums = self._new_sums()
         self._save()
         if self.team.is_first:
-            self.run.write_metrics(self.rows)
+            with self.team.writing():
+                self.run.write_metrics(self.rows)
         return row
 
     def _keep_best(self, epoch: int, row: Row) -> None:
@@ -566,8 +570,9 @@ class Trainer:
         self.team.collect_weights()
         summary = self._summary()
         if self.team.is_first:
-            save_weights(self.run.model_path, self.learner, self.config)
-            self.run.write_summary(summary)
+            with self.team.writing():
+                save_weights(self.run.model_path, self.learner, self.config)
+                self.run.write_summary(summary)
         return summary
 
     def _summary(self) -> dict[str, Any]:
@@ -642,14 +647,16 @@ class Trainer:
             torch.mps.synchronize()
 
     def _snapshot(self) -> Snapshot:
+        loss, accuracy, loads = self.team.progress(self.sums)
         return Snapshot(
             epoch=self.epoch + 1,
             num_epochs=self.num_epochs,
             step=self.step,
             num_steps=len(self.train_loader),
-            loss=self.sums.mean_loss()[0],
-            accuracy=self.sums.accuracy()[0],
+            loss=loss,
+            accuracy=accuracy,
             images_per_second=self.sums.num_images / max(self.train_seconds, 1e-9),
+            loads=loads,
         )
 
     def _check_losses(self) -> None:
@@ -698,7 +705,8 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
-        save_checkpoint(self.run.checkpoint_path, state)
+        with self.team.writing():
+            save_checkpoint(self.run.checkpoint_path, state)
 
     def _load_state(self, state: dict[str, Any]) -> None:
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]

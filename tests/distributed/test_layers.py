@@ -1,0 +1,80 @@
+"""Layers in parallel: the same as one process, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from benchmarks.same_run import differences
+from tests.distributed.training import train_alone, train_in_processes
+
+from locallearn.engine.run import RunDirectory
+
+# An odd last batch, dropout, augmentation, validation; the schedule-free optimizer's two points,
+# and BatchNorm's statistics re-estimated in between.
+SMALL = {
+    "dataset": "digits",
+    "limit_train": 150,
+    "limit_test": 70,
+    "batch_size": 32,
+    "test_batch_size": 32,
+    "val_split": 0.1,
+    "epochs": 2,
+    "dropout": 0.2,
+    "augment": "standard",
+    "num_threads": 1,
+    "width": 0.25,
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory):
+    """By settings: the run of one process, made once."""
+    made: dict[str, Path] = {}
+
+    def run(**settings: object) -> Path:
+        key = repr(sorted(settings.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("alone") / "run"
+            train_alone(made[key], **SMALL | settings)
+        return made[key]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("num", "balance", "settings"),
+    [
+        (2, None, {"rule": "lls"}),
+        (3, "1,1,2", {"rule": "lls-mxm", "backend": "reference"}),
+        (4, "1,1,1,1", {"rule": "local-losses", "optimizer": "adamw", "schedule": "plateau"}),
+        (2, "3,1", {"rule": "lls-m", "precision": "bf16", "channels_last": False}),
+        (2, "1,1", {"rule": "lls", "group_blocks": 2}),
+        (2, None, {"rule": "drtp"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_the_bits_are_those_of_one_process(alone, tmp_path: Path, num, balance, settings) -> None:
+    train_in_processes("layers", num, tmp_path / "run", balance, **SMALL | settings)
+    assert differences(alone(**settings), tmp_path / "run") == []
+
+
+def test_a_stopped_run_goes_on_with_any_number_of_processes(alone, tmp_path: Path) -> None:
+    """Stopped in the middle of epochs by 3, by 2 and by 1; the output layer is in a stage of its
+    own process throughout."""
+    out = tmp_path / "run"
+    train_in_processes("layers", 3, out, "1,2,1", **SMALL | {"rule": "lls-mxm"}, stop_after=2)
+    assert not RunDirectory(out).is_finished
+    train_in_processes("layers", 2, out, None, stop_after=4)
+    train_alone(out, stop_after=2)
+    train_in_processes("layers", 4, out)
+    assert differences(alone(rule="lls-mxm"), out) == []
+
+
+def test_a_network_of_another_make_is_cut_where_it_can_be(alone, tmp_path: Path) -> None:
+    settings = SMALL | {"model": "torchvision:resnet18:stem=cifar", "limit_train": 64, "epochs": 1}
+    for name in ("width", "dropout"):
+        settings.pop(name)
+    train_alone(tmp_path / "alone", **settings)
+    train_in_processes("layers", 2, tmp_path / "run", **settings)
+    assert differences(tmp_path / "alone", tmp_path / "run") == []
