@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.distributed.training import train_alone, train_in_processes
+from tests.distributed.processes import in_processes
+from tests.distributed.training import fit, train_alone, train_in_processes
 from torch.utils._pytree import tree_leaves
 
+from locallearn.distributed.parallelism import Parallelism
+from locallearn.distributed.processes import joined
+from locallearn.distributed.team import ProcessTeam
 from locallearn.engine.run import load_checkpoint
 
 # Of a last batch of two images one of three replicas has none.
@@ -37,6 +41,15 @@ def _assert_same(one: Path, other: Path) -> None:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+def _train_whole_and_stopped(out: Path, settings: dict[str, Any]) -> None:
+    """One run as it is, and one that is asked to stop in its second step, and resumed."""
+    with joined(Parallelism(1, 2), "cpu", 120) as processes:
+        fit(out / "whole", settings, ProcessTeam(processes))
+        fit(out / "stopped", settings | {"stop_after": 2}, ProcessTeam(processes))
+        assert not (out / "stopped" / "summary.json").exists()
+        fit(out / "stopped", {}, ProcessTeam(processes))
+
+
 def _metrics(out: Path) -> list[dict[str, float]]:
     with open(out / "metrics.csv") as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
@@ -45,19 +58,16 @@ def _metrics(out: Path) -> list[dict[str, float]]:
 def test_stages_of_replicas_and_resumed_runs_are_the_same_to_the_bit(tmp_path: Path) -> None:
     """Dropout included."""
     settings = SETTINGS | {"rule": "lls-mxm", "dropout": 0.2}
-    train_in_processes("data", 2, tmp_path / "data", **settings)
+    in_processes(2, _train_whole_and_stopped, tmp_path, settings)
     train_in_processes("layers:2,data:2", 4, tmp_path / "both", balance="2,2", **settings)
-    _assert_same(tmp_path / "data", tmp_path / "both")
-    train_in_processes("data", 2, tmp_path / "stopped", stop_after=2, **settings)
-    assert not (tmp_path / "stopped" / "summary.json").exists()
-    train_in_processes("data", 2, tmp_path / "stopped")
-    _assert_same(tmp_path / "data", tmp_path / "stopped")
+    _assert_same(tmp_path / "whole", tmp_path / "both")
+    _assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
 @pytest.mark.parametrize("rule", ["lls", "bp"])
 def test_what_a_run_reports_is_of_all_replicas(tmp_path: Path, rule: str) -> None:
     """Without BatchNorm, and so as one process, but for rounding."""
-    settings = SETTINGS | {"norm": "none", "rule": rule, "optimizer": "sgd", "dropout": 0.0}
+    settings = SETTINGS | {"norm": "none", "rule": rule, "optimizer": "sgd", "epochs": 1}
     train_alone(tmp_path / "alone", **settings)
     train_in_processes("data", 3, tmp_path / "data", **settings)
     for alone, ours in zip(_metrics(tmp_path / "alone"), _metrics(tmp_path / "data"), strict=True):

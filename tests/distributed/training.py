@@ -31,15 +31,17 @@ def _train(
     parallel: str, num: int, out: str, balance: str | None, settings: dict[str, Any]
 ) -> None:
     with joined(Parallelism.parse(parallel, num), "cpu", 120) as processes:
-        _fit(Path(out), settings, ProcessTeam(processes, balance=balance))
+        fit(Path(out), settings, ProcessTeam(processes, balance=balance))
 
 
 def train_alone(out: Path, **settings: Any) -> None:
     """The same in this process."""
-    _fit(out, settings, None)
+    fit(out, settings, None)
 
 
-def _fit(out: Path, settings: dict[str, Any], team: Any) -> None:
+def fit(out: Path, settings: dict[str, Any], team: Any) -> None:
+    """Start, or without settings resume, and train; ``stop_after`` so many steps, where given."""
+    settings = dict(settings)
     stop_after = settings.pop("stop_after", None)
     if settings:
         trainer = Trainer.start(TrainConfig(**settings), out, Silence(), team=team)
