@@ -452,7 +452,7 @@ class LocalLearner(nn.Module):
         if running:
             flat = torch.cat([tensor.flatten().double() for tensor in running.values()])
             means = reduction.gather(flat).mean(dim=0)
-            parts = means.split([tensor.numel() for tensor in running.values()])
+            parts = torch.split(means, [tensor.numel() for tensor in running.values()])
             for tensor, part in zip(running.values(), parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
             state["counts"] = reduction.gather(state["counts"]).mean(dim=0)
