@@ -42,15 +42,17 @@ def _train(
     settings: dict[str, Any],
 ) -> None:
     with joined(Parallelism.parse(parallel, num), "cpu", 120) as processes:
-        _fit(Path(out), settings, ProcessTeam(processes, balance=balance, replay=replay))
+        fit(Path(out), settings, ProcessTeam(processes, balance=balance, replay=replay))
 
 
 def train_alone(out: Path, **settings: Any) -> None:
     """The same in this process."""
-    _fit(out, settings, None)
+    fit(out, settings, None)
 
 
-def _fit(out: Path, settings: dict[str, Any], team: Any) -> None:
+def fit(out: Path, settings: dict[str, Any], team: Any) -> None:
+    """Start, or without settings resume, and train; ``stop_after`` so many steps, where given."""
+    settings = dict(settings)
     stop_after = settings.pop("stop_after", None)
     if settings:
         trainer = Trainer.start(TrainConfig(**settings), out, Silence(), team=team)

@@ -177,7 +177,9 @@ class ReplayLoader(EpochLoader[Tensor]):
         return crops
 
     def _take(self, buffer: ReplayBuffer) -> tuple[Tensor, int] | None:
-        with self._waiting(self._inbox.sender):  # for the first; and an exchange's failure is raised here
+        with self._waiting(
+            self._inbox.sender
+        ):  # for the first; and an exchange's failure is raised here
             return buffer.take()
 
     def _receive(self, buffer: ReplayBuffer) -> None:

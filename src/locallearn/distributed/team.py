@@ -343,19 +343,31 @@ class ProcessTeam(Team):
         return inferring
 
     def training_state(self) -> State | None:
+        owners, num_replicas = self._stage.owners, self._processes.parallelism.num_replicas
+        own = _on_host(self._learner.replica_state())
         self._synchronize_buffers()
         state = _on_host(self._learner.training_state())
-        parts = self._gathered(self._stage.owners.part(state, self._stage.number))
+        parts = self._gathered({"own": own} | owners.part(state, self._stage.number))
         if not parts:
             return None
-        stages = parts[:: self._processes.parallelism.num_replicas]
+        of_replicas = [
+            owners.merged_replica([part.pop("own") for part in parts[replica::num_replicas]])
+            for replica in range(num_replicas)
+        ]
+        stages = parts[::num_replicas]
         whole = self._stage.owners.merged(state, stages)
         begun = self._num_elements_before
+        if num_replicas > 1:
+            whole["replicas"] = of_replicas
         whole["num_elements"] = begun + sum(part["num_elements"] - begun for part in stages)
         return whole
 
     def load_training_state(self, state: State) -> None:
         self._learner.load_training_state(state)
+        of_replicas = state.get("replicas", [])
+        # Of another number of them it is their mean that goes on.
+        if len(of_replicas) == self._processes.parallelism.num_replicas:
+            self._learner.load_replica_state(of_replicas[self._processes.replica])
         self._stage.keep_own_state()
         self._num_elements_before = state["num_elements"]
 
