@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks.same_run import differences
 from tests.distributed.training import train_alone, train_in_processes
 
+from locallearn.distributed.stages import Spread
+from locallearn.engine import LocalLearner
 from locallearn.engine.run import RunDirectory
+from locallearn.errors import UserError
+from locallearn.models import build_model
 
 # An odd last batch, dropout, augmentation, validation; the schedule-free optimizer's two points,
 # and BatchNorm's statistics re-estimated in between.
@@ -71,10 +76,59 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes(alone, tmp_path: Pat
     assert differences(alone(rule="lls-mxm"), out) == []
 
 
-def test_a_network_of_another_make_is_cut_where_it_can_be(alone, tmp_path: Path) -> None:
-    settings = SMALL | {"model": "torchvision:resnet18:stem=cifar", "limit_train": 64, "epochs": 1}
+# Of its four blocks only the last can begin a stage: what skips over the others leads before it.
+SKIPPING = """
+from torch import nn
+import torch.nn.functional as F
+
+
+def block(c_in, c_out, stride=1):
+    conv = nn.Conv2d(c_in, c_out, 3, stride, 1)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+class Skipping(nn.Module):
+    def __init__(self, num_classes, in_channels):
+        super().__init__()
+        self.one, self.two = block(in_channels, 8), block(8, 8)
+        self.three, self.four = block(8, 8), block(8, 12, 2)
+        self.drop = nn.Dropout(0.3)
+        self.head = nn.Linear(12, num_classes)
+
+    def forward(self, x):
+        a = F.dropout(self.one(x), 0.1, self.training)
+        b = self.drop(self.two(a) + a)
+        c = self.three(b) + a
+        return self.head(self.drop(self.four(c)).mean((2, 3)))
+
+
+def build(num_classes, in_channels, **others):
+    return Skipping(num_classes, in_channels)
+"""
+
+
+def test_a_network_of_another_make_is_cut_where_it_can_be(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(SKIPPING)
+    settings = SMALL | {"model": f"{tmp_path / 'net.py'}:build", "blocks": "one,two,three,four"}
     for name in ("width", "dropout"):
         settings.pop(name)
     train_alone(tmp_path / "alone", **settings)
     train_in_processes("layers", 2, tmp_path / "run", **settings)
     assert differences(tmp_path / "alone", tmp_path / "run") == []
+    images = torch.randn(3, 1, 8, 8)
+    model = build_model(settings["model"], num_classes=10, in_channels=1, image_size=8)
+    learner = LocalLearner(
+        model, "lls", num_classes=10, blocks="one,two,three,four", example_input=images
+    )
+    spread = Spread(learner, images)
+    assert [spread.can_begin_at(name) for name in spread.names[1:]] == [False, False, True]
+    with pytest.raises(UserError, match="no stage can begin at block 'three': what follows reads"):
+        spread.stage(1, (2, 2))
+
+
+@pytest.mark.parametrize("rule", ["bp", "dfa", "pepita"])
+def test_rules_that_need_later_layers_are_refused(rule: str) -> None:
+    torch.manual_seed(0)
+    learner = LocalLearner(build_model("smallconv", num_classes=10, width=0.25), rule)
+    with pytest.raises(UserError, match=f"rule '{rule}' needs .*, as bp, dfa and pepita do"):
+        Spread(learner, torch.randn(3, 3, 32, 32))

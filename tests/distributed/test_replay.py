@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from tests.distributed.training import train_in_processes
 
 from locallearn.distributed.replay import ReplayBuffer
+from locallearn.engine.run import RunDirectory
 
 
 def taken(buffer: ReplayBuffer) -> int | None:
@@ -44,3 +47,21 @@ def test_the_end_of_nothing_and_the_end_by_an_error() -> None:
     buffer.end(RuntimeError("connection closed by peer"))
     with pytest.raises(RuntimeError, match="closed by peer"):
         buffer.take()
+
+
+def test_stages_that_do_not_wait_train_stop_and_go_on(tmp_path: Path) -> None:
+    """What they do depends on the moment; that they end together, and what is written, does not."""
+    settings = {"dataset": "digits", "limit_train": 96, "limit_test": 50, "batch_size": 16}
+    settings |= {"epochs": 2, "num_threads": 1, "width": 0.25}
+    out = tmp_path / "run"
+    train_in_processes("layers", 3, out, "1,2,1", replay=2, stop_after=4, **settings)
+    assert not RunDirectory(out).is_finished
+    train_in_processes("layers", 2, out, "1,3", replay=3)
+    train = RunDirectory(out).read_metrics()
+    assert train.num_epochs == 2
+    for name, column in train.columns.items():
+        assert None not in column, name
+        if name.endswith("_acc"):
+            assert all(0 <= value <= 100 for value in column if value is not None), name
+    summary = RunDirectory(out).read_summary()
+    assert summary is not None

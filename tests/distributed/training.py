@@ -21,25 +21,38 @@ class Silence:
 
 
 def train_in_processes(
-    parallel: str, num: int, out: Path, balance: str | None = None, **settings: Any
+    parallel: str,
+    num: int,
+    out: Path,
+    balance: str | None = None,
+    *,
+    replay: int | None = None,
+    **settings: Any,
 ) -> None:
     """A run in ``out``, by so many processes; settings of one that is to be resumed are empty."""
-    in_processes(num, _train, parallel, num, str(out), balance, settings)
+    in_processes(num, _train, parallel, num, str(out), balance, replay, settings)
 
 
 def _train(
-    parallel: str, num: int, out: str, balance: str | None, settings: dict[str, Any]
+    parallel: str,
+    num: int,
+    out: str,
+    balance: str | None,
+    replay: int | None,
+    settings: dict[str, Any],
 ) -> None:
     with joined(Parallelism.parse(parallel, num), "cpu", 120) as processes:
-        _fit(Path(out), settings, ProcessTeam(processes, balance=balance))
+        fit(Path(out), settings, ProcessTeam(processes, balance=balance, replay=replay))
 
 
 def train_alone(out: Path, **settings: Any) -> None:
     """The same in this process."""
-    _fit(out, settings, None)
+    fit(out, settings, None)
 
 
-def _fit(out: Path, settings: dict[str, Any], team: Any) -> None:
+def fit(out: Path, settings: dict[str, Any], team: Any) -> None:
+    """Start, or without settings resume, and train; ``stop_after`` so many steps, where given."""
+    settings = dict(settings)
     stop_after = settings.pop("stop_after", None)
     if settings:
         trainer = Trainer.start(TrainConfig(**settings), out, Silence(), team=team)

@@ -244,3 +244,17 @@ def test_blocks_that_do_not_run_once(clock: Clock) -> None:
     with pytest.raises(UserError, match="block 'second' runs more than once"):
         measure_block_costs(learner, x, y)
     learner.step(x, y)  # and the learner goes on
+
+
+def test_halved() -> None:
+    assert block_costs.halved(128) == [128, 64, 32, 16, 8, 4, 2]
+    assert block_costs.halved(25) == [25, 12, 6, 3]
+    assert block_costs.halved(2) == [2]
+    assert block_costs.halved(128, 32) == [128, 64, 32]
+    assert block_costs.halved(128, 33) == [128, 64]
+    assert block_costs.halved(8, 0) == [8, 4, 2]
+
+
+def test_median_of_rounds() -> None:
+    rounds = [[BlockCost("a", ms, 2 * ms, 8, 4), BlockCost("", 1, 1, 2, 3)] for ms in (5, 1, 3)]
+    assert block_costs.median_of(rounds) == [BlockCost("a", 3, 6, 8, 4), BlockCost("", 1, 1, 2, 3)]

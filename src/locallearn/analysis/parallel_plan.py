@@ -197,8 +197,17 @@ class Setup:
 
     @property
     def most_replicas(self) -> int:
-        """The last of them has as many images as the smallest batch that was measured."""
+        """Each of them has as many images as the smallest batch that was measured."""
         return max(1, self.batch_size // self.local.smallest)
+
+
+def factorisations(num_devices: int, most_stages: int, most_replicas: int) -> list[tuple[int, int]]:
+    """Numbers of stages and replicas whose product is that of the devices."""
+    return [
+        (num_devices // num_replicas, num_replicas)
+        for num_replicas in range(1, min(num_devices, most_replicas) + 1)
+        if num_devices % num_replicas == 0 and num_devices // num_replicas <= most_stages
+    ]
 
 
 def predict_local(setup: Setup, num_stages: int, num_replicas: int) -> Prediction:
@@ -370,11 +379,8 @@ class Plan:
 
 def plan_for(setup: Setup, num_devices: int) -> Plan:
     """All ways to use so many devices."""
-    local = [
-        predict_local(setup, num_devices // num_replicas, num_replicas)
-        for num_replicas in range(1, min(num_devices, setup.most_replicas) + 1)
-        if num_devices % num_replicas == 0 and num_devices // num_replicas <= setup.most_stages
-    ]
+    shapes = factorisations(num_devices, setup.most_stages, setup.most_replicas)
+    local = [predict_local(setup, *shape) for shape in shapes]
     num_stages = min(num_devices, setup.most_stages)
     # On one device there is nothing to overlap.
     numbers = _micro_batch_numbers(setup) if num_stages > 1 else [1]

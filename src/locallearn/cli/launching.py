@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from locallearn.errors import Silent, UserError
 
 if TYPE_CHECKING:
+    from locallearn.distributed.parallelism import Parallelism
     from locallearn.engine.team import Team
 
 # How long processes wait at most in an exchange; a rank that dies or hangs is found sooner, by its
@@ -25,11 +26,15 @@ class Sharing:
     Arguments:
         parallel: "layers:2,data:2"; None for one process.
         balance: "2,3,1", blocks of each stage; None measures.
+        sync_batch_norm: whether replicas normalise by whole batches.
+        replay: inputs that a stage holds, to train on instead of waiting; None waits.
         hang_timeout: seconds.
     """
 
     parallel: str | None = None
     balance: str | None = None
+    sync_batch_norm: bool = False
+    replay: int | None = None
     hang_timeout: float | None = None
 
 
@@ -58,7 +63,12 @@ def sharing_work(sharing: Sharing, device: str) -> Iterator[Team]:
     from locallearn.engine.team import Team
 
     if sharing.parallel is None and "RANK" not in os.environ:
-        for flag, value in (("balance", sharing.balance), ("hang-timeout", sharing.hang_timeout)):
+        for flag, value in (
+            ("balance", sharing.balance),
+            ("sync-batch-norm", sharing.sync_batch_norm or None),
+            ("replay", sharing.replay),
+            ("hang-timeout", sharing.hang_timeout),
+        ):
             if value is not None:
                 raise UserError(f"--{flag} is of --parallel; give that too, or leave it out.")
         yield Team()
@@ -79,6 +89,14 @@ def sharing_work(sharing: Sharing, device: str) -> Iterator[Team]:
         parallelism = Parallelism.parse(sharing.parallel, num)
         if sharing.balance is not None and parallelism.num_stages == 1:
             raise UserError("--balance is of --parallel layers; leave it out.")
+        if sharing.sync_batch_norm and parallelism.num_replicas == 1:
+            raise UserError("--sync-batch-norm is of --parallel data; leave it out.")
+        if sharing.replay is not None:
+            _check_replay(sharing.replay, parallelism)
+        if sharing.hang_timeout is not None and not sharing.hang_timeout > 0:
+            raise UserError(
+                f"--hang-timeout must be above 0 seconds, got {sharing.hang_timeout:g}."
+            )
         chosen = choose_device(device)
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
@@ -86,4 +104,19 @@ def sharing_work(sharing: Sharing, device: str) -> Iterator[Team]:
         raise
     hang_after = sharing.hang_timeout or HANG_AFTER_SECONDS
     with joined(parallelism, chosen, _TIMEOUT_SECONDS, hang_after=hang_after) as processes:
-        yield ProcessTeam(processes, balance=sharing.balance)
+        yield ProcessTeam(
+            processes,
+            balance=sharing.balance,
+            synchronize_batch_norm=sharing.sync_batch_norm,
+            replay=sharing.replay,
+        )
+
+
+def _check_replay(size: int, parallelism: Parallelism) -> None:
+    if size < 1:
+        raise UserError(f"--replay must be at least 1 input, got {size}.")
+    if parallelism.num_stages == 1 or parallelism.num_replicas > 1:
+        raise UserError(
+            f"--replay is of --parallel layers alone, whose stages could wait for each other; it "
+            f"does not go with {parallelism}. Leave it out."
+        )

@@ -121,15 +121,14 @@ def plan(
                 "backend": backend,
                 "num_threads": num_threads,
             },
-            bandwidth,
-            latency,
+            devices,
+            _most_parts(devices, is_plotted=plot is not None),
+            (bandwidth, latency),
             beside,
             repeats,
             status.update,
         )
     found = plan_for(setup, devices)
-    if not found.local:
-        raise UserError(_say_impossible(setup, devices))
     environment = describe_environment(place)
     title = (
         f"{model}, {rule}, {channels}x{image_size}x{image_size}, batch {batch_size}, {precision}, "
@@ -143,7 +142,7 @@ def plan(
     )
     console.print(_table_of_ways(found, setup))
     console.print(_table_of_stages(found.local[0]))
-    for line in (*_remarks(found, setup), *_assumptions(setup, beside)):
+    for line in (*_remarks(found, setup), *_assumptions(setup, beside, place)):
         print(line)
     if json is not None:
         document = {
@@ -159,7 +158,7 @@ def plan(
             "num_devices": devices,
             "ways": [asdict(each) for each in found.local],
             "gpipe": [asdict(each) for each in found.gpipe],
-            "assumptions": _assumptions(setup, beside),
+            "assumptions": _assumptions(setup, beside, place),
             "costs": {"local": setup.local.to_json(), "backprop": setup.backprop.to_json()},
         }
         write_json(Path(json), document)
@@ -172,7 +171,7 @@ def plan(
             (
                 f"One device: {rule} {setup.one_device_ms:,.1f} ms a step, bp "
                 f"{setup.one_device_backprop_ms:,.1f} ms.",
-                *_assumptions(setup, beside),
+                *_assumptions(setup, beside, place),
             )
         )
         target = Path(plot)
@@ -180,10 +179,18 @@ def plan(
         print(f"drawn to {plot}")
 
 
+def _most_parts(devices: int, *, is_plotted: bool) -> int:
+    """Into how many a batch may have to be cut: by replicas, or into micro-batches, of which a
+    pipeline gains by having several for each stage."""
+    most_devices = max(_PLOTTED_DEVICES, devices) if is_plotted else devices
+    return 1 if most_devices == 1 else max(16, 4 * most_devices)
+
+
 def _measured(
     settings: dict[str, Any],
-    bandwidth: float,
-    latency: float,
+    num_devices: int,
+    most_parts: int,
+    link: tuple[float, float],
     num_beside: int,
     repeats: int,
     on_progress: Callable[[str], None],
@@ -192,15 +199,19 @@ def _measured(
 
     Arguments:
         settings: of :class:`MeasuredSteps`.
-        bandwidth: GB/s.
-        latency: us.
+        num_devices: that are to be used whole.
+        most_parts: that a batch may be cut into; costs are measured down to such a part.
+        link: GB/s and us.
         num_beside: processes that take the same steps meanwhile.
         repeats: timed steps.
         on_progress: told what is going on.
+
+    Raises:
+        UserError: no stages and copies make so many devices; or what can't be built or cut.
     """
     import functools
 
-    from locallearn.analysis.parallel_plan import CostTable, Link, Setup
+    from locallearn.analysis.parallel_plan import CostTable, Link, Setup, factorisations
     from locallearn.distributed.balance import balanced
     from locallearn.distributed.stages import Spread
     from locallearn.engine.block_costs import (
@@ -219,7 +230,16 @@ def _measured(
     spread = Spread(learner, images)
     allowed = [spread.can_begin_at(name) for name in spread.names]
     backprop = steps.learner("bp")
-    sizes = halved(settings["batch_size"])
+    most_stages = 1 + sum(allowed[1:])
+    sizes = halved(settings["batch_size"], settings["batch_size"] // most_parts)
+    most_replicas = settings["batch_size"] // sizes[-1]
+    if not factorisations(num_devices, most_stages, most_replicas):
+        raise UserError(
+            f"--devices {num_devices} can't be used whole: the network can be cut into at most "
+            f"{most_stages} stages, and a batch of {settings['batch_size']} shared by at most "
+            f"{most_replicas} copies ({sizes[-1]} images each), and {num_devices} is no product of "
+            f"two such numbers. Give another number of devices, or a larger --batch-size."
+        )
     local: dict[int, list[list[BlockCost]]] = {size: [] for size in sizes}
     by_backprop: dict[int, list[list[BackpropCost]]] = {size: [] for size in sizes}
     of_round: dict[str, Any] = {"repeats": -(-repeats // _NUM_ROUNDS), "limit_seconds": 1.5}
@@ -237,18 +257,9 @@ def _measured(
         local=CostTable({size: median_of(rounds) for size, rounds in local.items()}),
         backprop=CostTable({size: median_of(rounds) for size, rounds in by_backprop.items()}),
         batch_size=settings["batch_size"],
-        link=Link(bandwidth, latency, measure_host_transfer_ms_per_mib() if is_on_host else 0.0),
+        link=Link(*link, measure_host_transfer_ms_per_mib() if is_on_host else 0.0),
         balance=functools.partial(balanced, allowed=allowed),
-        most_stages=1 + sum(allowed[1:]),
-    )
-
-
-def _say_impossible(setup: Setup, devices: int) -> str:
-    return (
-        f"--devices {devices} can't be used whole: the network can be cut into at most "
-        f"{setup.most_stages} stages, and a batch of {setup.batch_size} shared by at most "
-        f"{setup.most_replicas} copies ({setup.local.smallest} images each), and {devices} is no "
-        f"product of two such numbers. Give another number of devices, or a larger --batch-size."
+        most_stages=most_stages,
     )
 
 
@@ -275,7 +286,7 @@ def _table_of_ways(found: Plan, setup: Setup) -> Table:
 
 def _table_of_stages(best: Prediction) -> Table:
     table = Table(
-        title=f"stages of {best.way}, the fastest",
+        title=f"stages of {best.way}, the fastest; times in ms",
         title_justify="left",
         box=None,
         pad_edge=False,
@@ -283,7 +294,7 @@ def _table_of_stages(best: Prediction) -> Table:
     )
     table.add_column("stage", justify="right")
     table.add_column("blocks", overflow="fold")
-    for heading in ("compute ms", "send ms", "reduce ms", "busy", "sends MiB", "link ms"):
+    for heading in ("compute", "send", "reduce", "busy", "sent MiB", "link"):
         table.add_column(heading, justify="right", no_wrap=True)
     for number, stage in enumerate(best.stages):
         names = [name or "output" for name in stage.blocks]
@@ -320,7 +331,7 @@ def _remarks(found: Plan, setup: Setup) -> list[str]:
     return lines
 
 
-def _assumptions(setup: Setup, num_beside: int) -> list[str]:
+def _assumptions(setup: Setup, num_beside: int, device: str) -> list[str]:
     """What the model of time takes for granted, a sentence each."""
     host = setup.link.host_ms_per_mib
     sending = f"takes {host:.2f} ms of it for each MiB" if host else "takes none of its time"
@@ -339,4 +350,5 @@ def _assumptions(setup: Setup, num_beside: int) -> list[str]:
         "GPipe balances stages by bp's costs, keeps all activations and normalises by micro-batch.",
         "Loading and augmenting images costs nothing; costs between measured batch sizes lie on a "
         "straight line.",
+        *(["Steps are launched one by one, not as a captured graph."] if device == "cuda" else []),
     ]

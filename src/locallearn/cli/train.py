@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from locallearn.engine import RunDirectory, Trainer
     from locallearn.engine.team import Team
 
-_NOT_SETTINGS = ("parallel", "balance", "hang_timeout", "out", "resume", "quiet")
+_OF_SHARING = ("parallel", "balance", "sync_batch_norm", "replay", "hang_timeout")
+_NOT_SETTINGS = (*_OF_SHARING, "out", "resume", "quiet")
 _MAX_MODEL_LENGTH = 80  # of a run directory's name: a model's options may be long
 
 
@@ -257,6 +258,23 @@ def train(
             _SHARE,
         ),
     ] = None,
+    sync_batch_norm: Annotated[
+        bool,
+        _option(
+            "data: BatchNorm normalises by the whole batch, and not by each process's part of it; "
+            "blocks then learn by autograd.",
+            _SHARE,
+            "--sync-batch-norm",
+        ),
+    ] = False,
+    replay: Annotated[
+        int | None,
+        _option(
+            "layers: stages never wait; where no new input has come, a stage trains once more on "
+            "one of the latest N. Costs accuracy, and no run repeats. Default: stages wait.",
+            _SHARE,
+        ),
+    ] = None,
     hang_timeout: Annotated[
         float | None,
         _option(
@@ -284,7 +302,8 @@ def train(
     from locallearn.engine.allocator import keep_freed_memory
 
     keep_freed_memory()
-    with sharing_work(Sharing(parallel, balance, hang_timeout), device) as team:
+    sharing = Sharing(parallel, balance, sync_batch_norm, replay, hang_timeout)
+    with sharing_work(sharing, device) as team:
         return _train(given, out, resume, team, quiet=quiet)
 
 

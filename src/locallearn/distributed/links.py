@@ -153,7 +153,7 @@ class Inbox:
 
     Arguments:
         processes: all.
-        sender: its rank.
+        sender: its rank; kept.
         waiting: around the waiting for it.
         device: where to.
 
@@ -168,7 +168,7 @@ class Inbox:
         self.batch = 0
         self._control = processes.control
         self._device = device
-        self._sender = sender
+        self.sender = sender
         self._waiting = waiting
         self._number = 0
         self._expected: _Expected | None = None
@@ -184,7 +184,7 @@ class Inbox:
         waiting = self._waiting if is_watched else _unwatched
         expected = self._expected or self._ask(waiting)
         self._expected = None
-        with waiting(self._sender):
+        with waiting(self.sender):
             expected.of_header.wait()
         number, is_end, self.flag, self.batch, *numbers = expected.header.tolist()
         self._number += 1
@@ -200,7 +200,7 @@ class Inbox:
             f"{values.numel()} values of {values.dtype} were expected, {format} has come"
         )
         if expected.of_values is not None:
-            with waiting(self._sender):
+            with waiting(self.sender):
                 expected.of_values.wait()
         if following is not None and not self.flag:
             self._expected = self._ask(waiting)
@@ -216,8 +216,8 @@ class Inbox:
 
     def _ask(self, waiting: Waiting) -> _Expected:
         header = torch.empty(_HEADER_LENGTH, dtype=torch.int64)
-        with waiting(self._sender):
-            work = dist.irecv(header, self._sender, group=self._control, tag=_HEADER_TAG)
+        with waiting(self.sender):
+            work = dist.irecv(header, self.sender, group=self._control, tag=_HEADER_TAG)
         return _Expected(header, work)
 
     def _ask_values(
@@ -225,5 +225,5 @@ class Inbox:
     ) -> None:
         expected.values = torch.empty(num, dtype=dtype, device=self._device)
         if num:
-            with waiting(self._sender):
-                expected.of_values = dist.irecv(expected.values, self._sender, tag=_VALUES_TAG)
+            with waiting(self.sender):
+                expected.of_values = dist.irecv(expected.values, self.sender, tag=_VALUES_TAG)

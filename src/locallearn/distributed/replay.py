@@ -106,6 +106,7 @@ class ReplaySource(EpochLoader[Any]):
         for batch, (crops, labels) in enumerate(self._loader.crops(epoch, start), start=start):
             self._outbox.batch = batch
             yield crops, labels
+        self._outbox.flag = 0
         self._outbox.end()
 
     def images(self, crops: Any) -> Tensor:
@@ -121,7 +122,6 @@ class ReplayLoader(EpochLoader[Tensor]):
         outbox: to the next stage; None of the last.
         size: N.
         waiting: around the waiting for the stage before.
-        sender: its rank.
 
     Attributes:
         flag: a signal for which all are to stop now, or 0.
@@ -136,7 +136,6 @@ class ReplayLoader(EpochLoader[Tensor]):
         *,
         size: int,
         waiting: Waiting,
-        sender: int,
     ) -> None:
         self.device = loader.device
         self.flag = 0
@@ -146,7 +145,6 @@ class ReplayLoader(EpochLoader[Tensor]):
         self._outbox = outbox
         self._size = size
         self._waiting = waiting
-        self._sender = sender
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -179,7 +177,9 @@ class ReplayLoader(EpochLoader[Tensor]):
         return crops
 
     def _take(self, buffer: ReplayBuffer) -> tuple[Tensor, int] | None:
-        with self._waiting(self._sender):  # for the first; and an exchange's failure is raised here
+        with self._waiting(
+            self._inbox.sender
+        ):  # for the first; and an exchange's failure is raised here
             return buffer.take()
 
     def _receive(self, buffer: ReplayBuffer) -> None:

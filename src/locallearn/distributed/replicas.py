@@ -8,6 +8,7 @@ Shapes: D replicas, K classes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from locallearn.data.loader import Chosen, EpochLoader
 from locallearn.distributed.processes import Processes
-from locallearn.distributed.pulse import Pulse
 from locallearn.distributed.shards import DealtLoader, ShardedLoader
 from locallearn.engine.evaluation import Evaluation, evaluation_of, tally
 from locallearn.engine.learner import LocalLearner
+
+Waiting = Callable[[], contextlib.AbstractContextManager[None]]
+"""Around the waiting for the other replicas."""
 
 
 class Replica:
@@ -39,6 +42,9 @@ class Replica:
         self.synchronize_batch_norm = synchronize_batch_norm
         self._group = processes.replicas
         self._pulse = processes.pulse
+        # Whom it waits for: the other one, or all of several.
+        stage, other = processes.stage, 1 - processes.replica
+        self._others = processes.rank_of(stage, other) if self.num == 2 else None
         self._learner: LocalLearner | None = None
         # The last question for a stop, and who answers it.
         self._asked: tuple[Tensor, dist.Work] | None = None
@@ -71,8 +77,8 @@ class Replica:
 
     def begin(self, bucket: Tensor) -> _Sum:
         """Begin to replace what is in ``bucket`` by its sum over the replicas."""
-        with self._pulse.waiting(None):
-            return _Sum(dist.all_reduce(bucket, group=self._group, async_op=True), self._pulse)
+        with self._waiting():  # it fails where another is lost
+            return _Sum(dist.all_reduce(bucket, group=self._group, async_op=True), self._waiting)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Every replica's, stacked in their order: (D, ...)."""
@@ -80,7 +86,7 @@ class Replica:
         if sent.dtype == torch.bool:  # which is nothing that can be sent
             return self.gather(sent.to(torch.uint8)).bool()
         received = [torch.empty_like(sent) for _ in range(self.num)]
-        with self._pulse.waiting(None):
+        with self._waiting():
             dist.all_gather(received, sent, group=self._group)
         return torch.stack(received)
 
@@ -94,7 +100,7 @@ class Replica:
     def sum(self, tensor: Tensor) -> Tensor:
         """Over the replicas; on the host or the device, the same bits in all of them."""
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
-        with self._pulse.waiting(None):
+        with self._waiting():
             dist.all_reduce(total, group=self._group)
         return total
 
@@ -125,28 +131,31 @@ class Replica:
         answer = 0
         if self._asked is not None:
             asked, work = self._asked
-            with self._pulse.waiting(None):
+            with self._waiting():
                 work.wait()
             answer = int(asked)
         asked = torch.tensor(signal or 0)
-        with self._pulse.waiting(None):
+        with self._waiting():
             work = dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
         self._asked = (asked, work)
         return answer or None
 
+    def _waiting(self) -> contextlib.AbstractContextManager[None]:
+        return self._pulse.waiting(self._others)
+
 
 class _Sum:
     """A sum that is being made; see `engine.reduction.Pending`."""
 
-    def __init__(self, work: dist.Work | None, pulse: Pulse) -> None:
+    def __init__(self, work: dist.Work | None, waiting: Waiting) -> None:
         assert work is not None, "this process is no member of the group"
         self._work = work
-        self._pulse = pulse
+        self._waiting = waiting
 
     def is_done(self) -> bool:
         return bool(self._work.is_completed())
 
     def wait(self) -> None:
-        with self._pulse.waiting(None):
+        with self._waiting():
             self._work.wait()

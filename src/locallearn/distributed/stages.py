@@ -47,8 +47,9 @@ class Spread:
         if not learner.build(images).is_local:
             raise UserError(
                 f"--parallel layers is for rules whose blocks learn as soon as they have run; rule "
-                f"{learner.rule.name!r} needs {_needs(learner)}. Use a local rule (lls, lls-mxm, "
-                f"local-losses, drtp, ...), or --parallel data."
+                f"{learner.rule.name!r} needs {_needs(learner)}, as bp, dfa "
+                f"and pepita do. Use a local rule (lls, lls-mxm, local-losses, drtp, ...), or "
+                f"--parallel data."
             )
         assert learner.plan is not None
         if learner.plan.shared:
@@ -161,11 +162,20 @@ class _Owners:
             whole[name] = copy.copy(own[name])  # a module's has more to it than entries
             for key, stage in owners.items():
                 whole[name][key] = states[stage][name][key]
-        counts = [state["statistics"]["counts"] for state in states]
-        columns = [counts[stage][column] for column, stage in enumerate(self.of_norm)]
-        if columns:
-            whole["statistics"] = {"counts": torch.stack(columns)}
+        counts = self._merged_counts([state["statistics"]["counts"] for state in states])
+        whole["statistics"] = {"counts": counts}
         return whole
+
+    def merged_replica(self, states: Sequence[State]) -> State:
+        """The same of :meth:`LocalLearner.replica_state`."""
+        running = {
+            name: states[self.of_tensor[name]]["running"][name] for name in states[0]["running"]
+        }
+        return {"running": running, "counts": self._merged_counts([s["counts"] for s in states])}
+
+    def _merged_counts(self, counts: Sequence[Tensor]) -> Tensor:
+        columns = [counts[stage][column] for column, stage in enumerate(self.of_norm)]
+        return torch.stack(columns) if columns else counts[0]
 
     def part(self, state: State, stage: int) -> State:
         """What a stage has to say of its learner's state."""

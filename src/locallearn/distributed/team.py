@@ -18,6 +18,7 @@ from locallearn.distributed.balance import balanced, parse_balance
 from locallearn.distributed.links import Inbox, Outbox
 from locallearn.distributed.processes import Processes
 from locallearn.distributed.receiving import ReceivingLoader
+from locallearn.distributed.replay import ReplayLoader, ReplaySource
 from locallearn.distributed.replicas import Replica
 from locallearn.distributed.stages import Spread, State, whole
 from locallearn.engine.block_costs import measure_block_costs
@@ -44,6 +45,8 @@ class ProcessTeam(Team):
         processes: all that have joined.
         balance: "2,3,1", blocks of each stage; None measures, and balances by time.
         synchronize_batch_norm: whether replicas normalise by whole batches.
+        replay: so many inputs a stage holds, to train on instead of waiting; None waits. See
+            `replay`.
     """
 
     is_alone = False
@@ -54,15 +57,19 @@ class ProcessTeam(Team):
         *,
         balance: str | None = None,
         synchronize_batch_norm: bool = False,
+        replay: int | None = None,
     ) -> None:
         self._processes = processes
         self._pulse = processes.pulse
         self._balance = balance
         self._synchronize_batch_norm = synchronize_batch_norm
+        self._replay = replay
+        self._replaying: ReplayLoader | None = None  # of a stage that is not the first
         self._replica: Replica | None = None  # where there are several
         self._is_without_images = False  # in a step of this replica
         self._sizes: tuple[int, ...] = ()
         self._own_request: int | None = None
+        self._has_passed_on = False
         self._stop: int | None = None
         self._looked = 0.0
         self._told = 0.0
@@ -182,7 +189,19 @@ class ProcessTeam(Team):
         if self._replica is not None:
             with self.together("sharing the batches"):
                 loader = self._replica.loader(loader)
-        return loader if self._stage.is_first else ReceivingLoader(loader, self._inbox)
+        self._loader = loader
+        if self._replay is None:
+            return loader if self._stage.is_first else ReceivingLoader(loader, self._inbox)
+        if self._stage.is_first:
+            return ReplaySource(loader, self._outbox)
+        self._replaying = ReplayLoader(
+            loader,
+            self._inbox,
+            None if self._stage.is_last else self._outbox,
+            size=self._replay,
+            waiting=self._pulse.waiting,
+        )
+        return self._replaying
 
     def tell(self, epoch: int, step: int, sums: EpochSums) -> None:
         self._pulse.note(epoch=epoch, step=step)
@@ -203,6 +222,7 @@ class ProcessTeam(Team):
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         if not self._stage.is_first:
             self._stop = self._inbox.flag or None
+            self._pass_on_request()
         elif self._replica is not None:
             self._stop = self._replica.agree_to_stop(self._request())
         else:
@@ -218,6 +238,12 @@ class ProcessTeam(Team):
     def request_stop(self, signal_number: int) -> None:
         self._own_request = signal_number
 
+    def _pass_on_request(self) -> None:
+        """To the first stage, which alone can say after which step."""
+        if self._own_request is not None and not self._has_passed_on:
+            self._has_passed_on = True
+            self._processes.store.set(_STOP_KEY, str(self._own_request))
+
     def _request(self) -> int | None:
         """Whether this process, or, as far as it has been seen, another was asked to stop."""
         now = time.monotonic()
@@ -227,8 +253,16 @@ class ProcessTeam(Team):
                 self._own_request = int(self._processes.store.get(_STOP_KEY))
         return self._own_request
 
-    def stop(self) -> int | None:
+    def stop(self, *, is_last: bool) -> int | None:
+        if self._replaying is not None or is_last:
+            return None  # of a replaying stage its inputs just end
+        if self._stop is not None and self._replay is not None:
+            self._outbox.flag = self._stop
+            self._outbox.end()
         return self._stop
+
+    def left_early(self) -> int | None:
+        return None if self._replaying is None else self._replaying.flag or None
 
     def stop_at_epoch(self) -> int | None:
         requested = torch.tensor(self._own_request or self._stop or 0)
@@ -240,6 +274,8 @@ class ProcessTeam(Team):
 
     def total(self, sums: State) -> State:
         parts = self._gathered(sums, at_all=True)
+        if self._replay is not None:
+            parts = [_scaled(part, parts[0]["num_images"]) for part in parts]
         return {
             # Columns of other stages are zero, so that nothing is rounded.
             "loss": torch.stack([part["loss"] for part in parts]).sum(0),
@@ -264,7 +300,7 @@ class ProcessTeam(Team):
 
     def recalibrate(self, loader: EpochLoader[Any], epoch: int) -> None:
         if self._stage.is_first:
-            recalibrate(self._learner, loader, epoch)
+            recalibrate(self._learner, self._loader, epoch)
         else:
             self._learner.recalibrate(self._inbox.sequence())
         if not self._stage.is_last:
@@ -307,19 +343,31 @@ class ProcessTeam(Team):
         return inferring
 
     def training_state(self) -> State | None:
+        owners, num_replicas = self._stage.owners, self._processes.parallelism.num_replicas
+        own = _on_host(self._learner.replica_state())
         self._synchronize_buffers()
         state = _on_host(self._learner.training_state())
-        parts = self._gathered(self._stage.owners.part(state, self._stage.number))
+        parts = self._gathered({"own": own} | owners.part(state, self._stage.number))
         if not parts:
             return None
-        stages = parts[:: self._processes.parallelism.num_replicas]
+        of_replicas = [
+            owners.merged_replica([part.pop("own") for part in parts[replica::num_replicas]])
+            for replica in range(num_replicas)
+        ]
+        stages = parts[::num_replicas]
         whole = self._stage.owners.merged(state, stages)
         begun = self._num_elements_before
+        if num_replicas > 1:
+            whole["replicas"] = of_replicas
         whole["num_elements"] = begun + sum(part["num_elements"] - begun for part in stages)
         return whole
 
     def load_training_state(self, state: State) -> None:
         self._learner.load_training_state(state)
+        of_replicas = state.get("replicas", [])
+        # Of another number of them it is their mean that goes on.
+        if len(of_replicas) == self._processes.parallelism.num_replicas:
+            self._learner.load_replica_state(of_replicas[self._processes.replica])
         self._stage.keep_own_state()
         self._num_elements_before = state["num_elements"]
 
@@ -339,6 +387,13 @@ class ProcessTeam(Team):
                 return parts
             dist.gather_object(value, parts if self.is_first else None, dst=0, group=control)
         return parts if self.is_first else []
+
+
+def _scaled(sums: State, num_images: int) -> State:
+    """A stage's, as if it had trained on so many images: its means stay."""
+    scale = num_images / max(1, sums["num_images"])
+    correct = (sums["correct"] * scale).round().long()
+    return sums | {"loss": sums["loss"] * scale, "correct": correct, "num_images": num_images}
 
 
 def _on_host(state: Any) -> Any:

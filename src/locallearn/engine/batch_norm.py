@@ -46,7 +46,9 @@ class SynchronizedNorms:
 
     def __init__(self, model: nn.Module, gather: Gather) -> None:
         norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
-        self._forwards = {norm: functools.partial(self._run, norm) for norm in norms}
+        self._forwards: dict[nn.Module, Callable[..., Any]] = {
+            norm: functools.partial(self._run, norm) for norm in norms
+        }
         self._own = {norm: norm.forward for norm in norms}
         self._gather = gather
         self._share = 1.0  # w, of the step that runs
@@ -66,7 +68,7 @@ class SynchronizedNorms:
         if not norm.training:
             output: Tensor = self._own[norm](input)
             return output
-        norm._check_input_dim(input)
+        norm._check_input_dim(input)  # type: ignore[no-untyped-call]
         output, mean, var, num_values = _Normalize.apply(
             input, norm.weight, norm.bias, norm.eps, self._share, self._gather
         )
@@ -81,7 +83,7 @@ class _Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         weight: Tensor | None,
@@ -97,7 +99,7 @@ class _Normalize(torch.autograd.Function):
         if num_values:
             var, mean = torch.var_mean(x, dim=_axes(x), correction=0)
             own = torch.cat([mean, num_values * var, own[-1:] + num_values])
-        means, squares, counts = gather(own).split([num_channels, num_channels, 1], dim=1)
+        means, squares, counts = torch.split(gather(own), [num_channels, num_channels, 1], dim=1)
         total = counts.sum()
         mean = (counts * means).sum(dim=0) / total
         var = (squares + counts * (means - mean) ** 2).sum(dim=0) / total
@@ -111,7 +113,7 @@ class _Normalize(torch.autograd.Function):
         return output.to(input.dtype), mean, var, total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
         input, weight, mean, rstd, total = ctx.saved_tensors
         share: float = ctx.share
         g, x = grad.to(mean.dtype), input.to(mean.dtype)

@@ -178,11 +178,11 @@ def measure_backprop_costs(
     return _backprop_costs(learner, modules, runs, input_bytes)
 
 
-def halved(batch_size: int) -> list[int]:
-    """A batch size, and what halving it makes of it, down to 2 images: of one BatchNorm may have no
-    variance."""
+def halved(batch_size: int, least: int = 2) -> list[int]:
+    """A batch size, and what halving it makes of it, down to so many images: of one BatchNorm may
+    have no variance."""
     sizes = [batch_size]
-    while sizes[-1] // 2 >= 2:
+    while sizes[-1] // 2 >= max(2, least):
         sizes.append(sizes[-1] // 2)
     return sizes
 

@@ -447,31 +447,43 @@ class LocalLearner(nn.Module):
         their mean, and other buffers of the model those of the first replica."""
         reduction = self._settings.updates.reduction
         assert reduction is not None, "see share_batches"
-        norms = [
-            module
-            for module in self.model.modules()
-            if isinstance(module, nn.modules.batchnorm._NormBase)
-            and module.running_mean is not None
-            and module not in self._parts.frozen
-        ]
-        averaged = [
-            tensor
-            for norm in norms
-            for tensor in (norm.running_mean, norm.running_var)
-            if tensor is not None
-        ]
+        running = self._running_statistics()
         state = self._statistics.state()
-        if averaged:
-            flat = torch.cat([tensor.flatten().double() for tensor in averaged])
-            parts = reduction.gather(flat).mean(dim=0).split([t.numel() for t in averaged])
-            for tensor, part in zip(averaged, parts, strict=True):
+        if running:
+            flat = torch.cat([tensor.flatten().double() for tensor in running.values()])
+            means = reduction.gather(flat).mean(dim=0)
+            parts = torch.split(means, [tensor.numel() for tensor in running.values()])
+            for tensor, part in zip(running.values(), parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
             state["counts"] = reduction.gather(state["counts"]).mean(dim=0)
             self._statistics.load(state)
-        known = set(map(id, averaged))
-        for tensor in self.model.buffers():
-            if id(tensor) not in known:
+        for name, tensor in self.model.named_buffers():
+            if name not in running:
                 tensor.copy_(reduction.gather(tensor)[0])
+
+    def _running_statistics(self) -> dict[str, Tensor]:
+        """Name -> mean or variance, of norms that learn."""
+        return {
+            f"{name}.{kind}": tensor
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+            and module not in self._parts.frozen
+            for kind in ("running_mean", "running_var")
+            if (tensor := getattr(module, kind)) is not None
+        }
+
+    def replica_state(self) -> dict[str, Any]:
+        """What of :meth:`training_state` is this replica's alone, until buffers are synchronized:
+        parts of few images are normalised by it."""
+        running = {name: tensor.clone() for name, tensor in self._running_statistics().items()}
+        return {"running": running, "counts": self._statistics.state()["counts"]}
+
+    @torch.no_grad()
+    def load_replica_state(self, state: dict[str, Any]) -> None:
+        """The counterpart of :meth:`replica_state`."""
+        for name, tensor in self._running_statistics().items():
+            tensor.copy_(state["running"][name])
+        self._statistics.load({"counts": state["counts"]})
 
     # -- modes ----------------------------------------------------------------------------------
 

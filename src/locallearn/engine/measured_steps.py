@@ -48,7 +48,7 @@ class MeasuredSteps:
         """A fresh one; batches of every size are normalised by themselves."""
         channels, *size = self.image_shape
         images, _ = self.batch()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([images.device] if images.is_cuda else []):
             torch.manual_seed(_SEED)
             network = build_model(
                 self.model,

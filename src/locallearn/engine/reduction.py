@@ -7,7 +7,6 @@ over replicas by is attached to the learner's :class:`Updates`; the engine knows
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -119,14 +118,14 @@ class _Begun:
     def apply(self) -> None:
         self.pending.wait()
         total = sum(p.numel() for p in self.parameters)
-        gradients, marks, num_images = self.bucket.split([total, len(self.parameters), 1])
+        gradients, marks, num_images = self.bucket[:total], self.bucket[total:-1], self.bucket[-1]
         reached = self.has_grad
         if not all(reached):  # here; the marks of the others are looked at only then
             reached = [mark > 0 for mark in marks.tolist()]
         if not any(reached):
             return
         gradients /= num_images.clamp(min=1)
-        parts = gradients.split([p.numel() for p in self.parameters])
+        parts = torch.split(gradients, [p.numel() for p in self.parameters])
         for parameter, part, is_reached in zip(self.parameters, parts, reached, strict=True):
             if is_reached:
                 parameter.grad = _unflattened(part, parameter).to(parameter.dtype)
@@ -162,7 +161,7 @@ def _begin(optimizer: Optimizer, reduction: GradientReduction, num_images: int) 
     return _Begun(optimizer, parameters, has_grad, bucket, reduction.begin(bucket))
 
 
-def _storage_order(tensor: Tensor) -> Sequence[int]:
+def _storage_order(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
 
 

@@ -121,9 +121,17 @@ class Team:
 
     _requested: int | None = None
 
-    def stop(self) -> int | None:
-        """After a step: the signal that all processes stop after this very step for, or None."""
-        return self._requested
+    def stop(self, *, is_last: bool) -> int | None:
+        """After a step: the signal that all processes stop after this very step for, or None.
+
+        Arguments:
+            is_last: whether it is the last of its epoch, after which they go on to the evaluation.
+        """
+        return None if is_last else self._requested
+
+    def left_early(self) -> int | None:
+        """After the steps of an epoch: the signal for which they were not all of them, or None."""
+        return None
 
     def stop_at_epoch(self) -> int | None:
         """The same, after an epoch."""

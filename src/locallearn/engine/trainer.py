@@ -444,11 +444,15 @@ class Trainer:
             self.train_seconds = time.perf_counter() - began
             if self.observer.wants_progress():
                 self.observer.on_progress(self._snapshot())
-            stop = self.team.stop()
-            if stop is not None and self.step < len(self.train_loader):
-                self._check_losses()
-                self._save()
-                raise Interrupted(stop)
+            stop = self.team.stop(is_last=self.step >= len(self.train_loader))
+            if stop is not None:
+                break
+        else:
+            stop = self.team.left_early()
+        if stop is not None:
+            self._check_losses()
+            self._save()
+            raise Interrupted(stop)
         self._check_losses()
         self._synchronize()
         self.train_seconds = time.perf_counter() - began
