@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from benchmarks.same_run import differences
 from tests.distributed.training import train_alone, train_in_processes
 
