@@ -126,6 +126,30 @@ def test_a_network_of_another_make_is_cut_where_it_can_be(tmp_path: Path) -> Non
         spread.stage(1, (2, 2))
 
 
+def test_a_stage_holds_no_weights_of_others() -> None:
+    """Nor optimizer state; and what it has let go it can hold again."""
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    learner = LocalLearner(build_model("smallconv", num_classes=10, width=0.25), "lls-mxm")
+    learner.step(images, labels)
+    before = {name: t.clone() for name, t in learner.training_state()["model"].items()}
+    spread = Spread(learner, images)
+    stage = spread.stage(1, (2, 1, 1))
+    stage.let_go()
+    held = {
+        name for name, p in learner.model.named_parameters() if p.untyped_storage().nbytes() > 4
+    }
+    own = {name for name in before if name.startswith("conv3.") and "running" not in name}
+    assert held == {name for name in own if "num_batches" not in name}
+    with_state = {name for name, o in learner.optimizers.items() if o.state}
+    assert with_state == {"conv3"}
+    with stage.alone(lambda tensor: None):
+        learner.model(torch.randn(4, *spread.cut("conv3").feature_shape))
+    stage.hold_all()
+    learner.model.load_state_dict(before)
+    for name, tensor in learner.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 @pytest.mark.parametrize("rule", ["bp", "dfa", "pepita"])
 def test_rules_that_need_later_layers_are_refused(rule: str) -> None:
     torch.manual_seed(0)

@@ -237,6 +237,14 @@ def _fail_at_rank_2(processes: Processes) -> None:
     _go_round(processes, stops)
 
 
+def _fail_at_all(processes: Processes) -> None:
+    def stops(step: int) -> None:
+        if step == 3:
+            raise UserError(f"the loss became NaN at rank {processes.rank}.")
+
+    _go_round(processes, stops)
+
+
 def _end_early_at_rank_1(processes: Processes) -> None:
     if processes.rank == 0:
         with processes.pulse.waiting(1):
@@ -283,6 +291,14 @@ def test_a_rank_that_fails_says_it_itself(tmp_path: Path) -> None:
     codes, lines = Job(tmp_path, 3, _fail_at_rank_2).end()
     assert codes == [1, 1, 2]
     assert lines == ["raised the loss became NaN."]
+
+
+def test_of_several_that_fail_at_once_one_says_it(tmp_path: Path) -> None:
+    codes, lines = Job(tmp_path, 3, _fail_at_all).end()
+    assert 2 in codes
+    assert set(codes) <= {1, 2}
+    assert len(lines) == 1
+    assert "the loss became NaN at rank" in lines[0]
 
 
 def test_without_the_store_all_end(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ class Pulse:
 
         Raises:
             LostRank: in place of what an exchange raised where the device waited for it.
-            Silent: likewise.
+            Silent: likewise; and where another process has failed before.
         """
         try:
             yield
@@ -251,6 +251,11 @@ class Pulse:
                     name = whole_name(self._names[self._rank], self._own)
                     text = f"{name} failed: {_first_line(error)}"
                     self._propose(Finding(text, self._rank, said_at=self._host))
+                    verdict = self._verdict
+                    # Several fail at once, where a loss becomes NaN: the first says it.
+                    is_late = verdict is not None and verdict.rank != self._rank
+                    if is_late and isinstance(error, UserError | OSError):
+                        raise self._error() from error
             raise
 
     @contextlib.contextmanager

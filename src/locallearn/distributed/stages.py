@@ -217,6 +217,7 @@ class Stage:
         self.owners = owners
         self._entry = entry
         self._exit = exit
+        self._strides: dict[nn.Parameter, tuple[int, ...]] = {}  # of what was let go
 
     @property
     def is_first(self) -> bool:
@@ -255,11 +256,35 @@ class Stage:
             finally:
                 model._compiled_call_impl = before
 
-    def keep_own_state(self) -> None:
-        """Forget the optimizers' state of what other stages train."""
+    def let_go(self) -> None:
+        """Hold no weight, and no optimizer's state, of what other stages train: their parameters
+        keep their shapes, and lie on one value."""
         for name, optimizer in self.learner.optimizers.items():
             if self.owners.of_optimizer[name] != self.number:
                 optimizer.state.clear()
+        for parameter in self._others():
+            self._strides[parameter] = parameter.stride()
+            parameter.data = parameter.new_zeros(()).expand(parameter.shape)
+
+    def hold_all(self) -> None:
+        """Have room for the weights of the whole network again; what is in it says nothing."""
+        for parameter, stride in self._strides.items():
+            parameter.data = torch.empty_strided(
+                parameter.shape, stride, dtype=parameter.dtype, device=parameter.device
+            )
+        self._strides.clear()
+
+    def _others(self) -> list[nn.Parameter]:
+        tables = (
+            (self.learner.model, self.owners.of_tensor),
+            (self.learner.heads, self.owners.of_head),
+        )
+        return [
+            parameter
+            for module, owners in tables
+            for name, parameter in module.named_parameters()
+            if owners[name] != self.number
+        ]
 
 
 def whole(learner: LocalLearner) -> Stage:

@@ -146,6 +146,7 @@ class ProcessTeam(Team):
             self._sizes = self.first(lambda: self._measured_sizes(spread, settings, twin, images))
         with self.together("cutting the network into stages"):
             self._stage = spread.stage(self._processes.stage, self._sizes)
+            self._stage.let_go()
         place, replica = self._processes.stage, self._processes.replica
         if not self._stage.is_first:
             sender = self._processes.rank_of(place - 1, replica)
@@ -363,17 +364,19 @@ class ProcessTeam(Team):
         return whole
 
     def load_training_state(self, state: State) -> None:
+        self._stage.hold_all()
         self._learner.load_training_state(state)
         of_replicas = state.get("replicas", [])
         # Of another number of them it is their mean that goes on.
         if len(of_replicas) == self._processes.parallelism.num_replicas:
             self._learner.load_replica_state(of_replicas[self._processes.replica])
-        self._stage.keep_own_state()
+        self._stage.let_go()
         self._num_elements_before = state["num_elements"]
 
     def collect_weights(self) -> None:
         state = self.training_state()
         if state is not None:
+            self._stage.hold_all()
             self._learner.model.load_state_dict(state["model"])
             self._learner.heads.load_state_dict(state["heads"])
 

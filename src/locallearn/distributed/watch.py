@@ -29,7 +29,7 @@ class Beat:
         epoch, step: that it is in, from 1; None before the first.
         loss, accuracy: of the epoch so far, where it knows them.
         computing_seconds, waiting_seconds: so far.
-        load: share of the last seconds that it did not wait, in [0, 1].
+        load: share of the last seconds that its host did not wait for others, in [0, 1].
     """
 
     rank: int
