@@ -83,6 +83,10 @@ class ProcessTeam(Team):
     def replica(self) -> int:  # type: ignore[override]
         return self._processes.replica
 
+    @property
+    def synchronizes_batch_norm(self) -> bool:  # type: ignore[override]
+        return self._synchronize_batch_norm
+
     # -- the start ------------------------------------------------------------------------------
 
     def together(self, what: str) -> contextlib.AbstractContextManager[None]:

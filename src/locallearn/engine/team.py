@@ -32,6 +32,8 @@ class Team:
     is_alone = True
     replica = 0
     """Which of the copies of its stage it trains."""
+    synchronizes_batch_norm = False
+    """Whether copies of a stage normalise by whole batches."""
 
     # -- the start ------------------------------------------------------------------------------
 
