@@ -41,7 +41,7 @@ from locallearn.engine.run import RunDirectory
 
 NUM_EPOCHS = 6
 # As the documentation states them, from the kill to the last process' end.
-STATED_SECONDS = {"killed": 15.0, "stopped": 30.0, "torchrun killed": 15.0, "at the start": 90.0}
+STATED_SECONDS = {"killed": 30.0, "stopped": 40.0, "torchrun killed": 30.0, "at the start": 90.0}
 GIVE_UP_SECONDS = 300.0
 _LOOK_SECONDS = 0.02
 _TIME_COLUMNS = ("images_per_second", "step_time_ms")
@@ -68,6 +68,7 @@ class Kill:
     Attributes:
         seconds: until the last process was gone.
         line_seconds: until the line was there that says who was lost.
+        ranks_seconds: until the last rank was gone; torchrun takes some time after them.
         lines: that the run's processes said of it.
         in_start: it came before the first step.
         missed: the run had ended before.
@@ -84,6 +85,7 @@ class Kill:
     go_on: str
     seconds: float = 0.0
     line_seconds: float = 0.0
+    ranks_seconds: float = 0.0
     lines: list[str] = field(default_factory=list)
     in_start: bool = False
     missed: bool = False
@@ -224,6 +226,8 @@ def do(kill: Kill, work: Path) -> Path:
         job.agent.poll()
         if not kill.line_seconds and job.lines():
             kill.line_seconds = time.monotonic() - began
+        if not kill.ranks_seconds and not any(_stat(pid) for pid in pids.values()):
+            kill.ranks_seconds = time.monotonic() - began
         if time.monotonic() - began > GIVE_UP_SECONDS:
             kill.wrong.append("did not end")
             for pid in watched:
@@ -232,6 +236,7 @@ def do(kill: Kill, work: Path) -> Path:
             return run
         time.sleep(_LOOK_SECONDS)
     kill.seconds = time.monotonic() - began
+    kill.ranks_seconds = kill.ranks_seconds or kill.seconds
     code = job.wait()
     kill.lines = job.lines()
     _check_message(kill, job)
@@ -319,7 +324,8 @@ def describe(kill: Kill) -> str:
         return f"{what} had ended before"
     start = " (start)" if kill.in_start else ""
     same = "the same" if not kill.wrong else "WRONG: " + "; ".join(kill.wrong)
-    return f"{what} {kill.line_seconds:5.1f} s {kill.seconds:5.1f} s{start}  {same}"
+    seconds = f"{kill.line_seconds:5.1f} s {kill.ranks_seconds:5.1f} s {kill.seconds:5.1f} s"
+    return f"{what} {seconds}{start}  {same}"
 
 
 def summarise(kills: Sequence[Kill]) -> dict[str, Any]:

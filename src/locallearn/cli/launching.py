@@ -102,7 +102,7 @@ def sharing_work(sharing: Sharing, device: str) -> Iterator[Team]:
         if os.environ.get("RANK", "0") != "0":
             raise Silent(str(error)) from error
         raise
-    hang_after = sharing.hang_timeout or HANG_AFTER_SECONDS
+    hang_after = HANG_AFTER_SECONDS if sharing.hang_timeout is None else sharing.hang_timeout
     with joined(parallelism, chosen, _TIMEOUT_SECONDS, hang_after=hang_after) as processes:
         yield ProcessTeam(
             processes,

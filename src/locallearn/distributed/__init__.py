@@ -1,8 +1,8 @@
 """Training spread over processes: layers in parallel, data in parallel, or both.
 
-`torchrun` starts the processes, `joined` brings them together, and `ProcessTeam` is what the training
-loop then asks instead of doing all by itself: docs/parallel.md. What a process computes is what the
-engine would in one; there is no arithmetic here.
+`torchrun` starts the processes, `joined` brings them together, and `ProcessTeam` is what the
+training loop then asks instead of doing all by itself: docs/parallel.md. What a process computes is
+what the engine would in one; there is no arithmetic here.
 """
 
 from locallearn.distributed.balance import balanced

@@ -106,7 +106,11 @@ class ProcessTeam(Team):
         return made[0]
 
     def agree(self, facts: dict[str, Any]) -> None:
-        own = {"--balance": self._balance, "--sync-batch-norm": self._synchronize_batch_norm}
+        own = {
+            "--balance": self._balance,
+            "--sync-batch-norm": self._synchronize_batch_norm,
+            "--replay": self._replay,
+        }
         agree(self._processes, facts | own)
 
     def describe(self) -> dict[str, Any]:
