@@ -120,6 +120,9 @@ class ProcessTeam(Team):
     def describe(self) -> dict[str, Any]:
         return {"parallel": str(self._processes.parallelism)}
 
+    def resume_command(self, directory: Path) -> str:
+        return self._processes.resume_command(directory)
+
     def join(
         self,
         learner: LocalLearner,

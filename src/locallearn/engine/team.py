@@ -81,6 +81,10 @@ class Team:
         """
         self._learner = learner
 
+    def resume_command(self, directory: Path) -> str:
+        """What the user types to go on with a run that was stopped."""
+        return f"locallearn train --resume {directory}"
+
     # -- training -------------------------------------------------------------------------------
 
     def working(self, directory: Path) -> contextlib.AbstractContextManager[None]:
