@@ -45,7 +45,6 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from locallearn.data.loader import EpochLoader
 from locallearn.distributed.parallelism import Parallelism
 from locallearn.distributed.processes import Processes, joined
-from locallearn.distributed.pulse import Pulse
 from locallearn.distributed.team import ProcessTeam
 from locallearn.engine import LocalLearner, TrainConfig
 from locallearn.engine.allocator import keep_freed_memory
@@ -216,7 +215,7 @@ def compared(rule: str, rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def in_processes(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What ``function(processes, pulse, *arguments)`` returns in each of them, by rank."""
+    """What ``function(processes, *arguments)`` returns in each of them, by rank."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with socket.socket() as listener:
@@ -259,17 +258,15 @@ def _run(
     keep_freed_memory()
     try:
         parallelism = Parallelism(num_stages=_NUM_PROCESSES)
-        with (
-            joined(parallelism, "cpu", _TIMEOUT_SECONDS) as processes,
-            Pulse(processes) as pulse,
-        ):
-            results.put((rank, function(processes, pulse, *arguments), None))
+        hang_after = float(_TIMEOUT_SECONDS)  # no side says how far it is
+        with joined(parallelism, "cpu", _TIMEOUT_SECONDS, hang_after=hang_after) as processes:
+            results.put((rank, function(processes, *arguments), None))
             dist.barrier()
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
 
 
-def measure_link(processes: Processes, pulse: Pulse) -> tuple[float, float]:
+def measure_link(processes: Processes) -> tuple[float, float]:
     """GB/s of large messages one way, and microseconds of a small one; alike in both processes."""
     seconds = {}
     for num_bytes in (1024, 16 * 2**20):
@@ -297,14 +294,13 @@ Turn = Callable[[int], list[float]]
 
 def measure_sides(
     processes: Processes,
-    pulse: Pulse,
     steps: MeasuredSteps,
     sizes: Sizes,
     rounds: int,
     turn_s: float,
 ) -> dict[str, Any]:
     """Gates, then all sides in turn. Returns side -> ms of each step, by this process's clock."""
-    team, learner = _joined_team(processes, pulse, steps, sizes)
+    team, learner = _joined_team(processes, steps, sizes)
     gate = [_check_layers(team, learner, steps), _check_gpipe(processes, steps, sizes)]
     sides: dict[str, Turn] = {
         f"{steps.rule}, one process": _alone(steps, steps.rule),
@@ -381,10 +377,10 @@ class _SameBatch(EpochLoader[None]):
 
 
 def _joined_team(
-    processes: Processes, pulse: Pulse, steps: MeasuredSteps, sizes: Sizes
+    processes: Processes, steps: MeasuredSteps, sizes: Sizes
 ) -> tuple[ProcessTeam, LocalLearner]:
     balance = ",".join(map(str, sizes.layers))
-    team = ProcessTeam(processes, pulse, balance=balance)
+    team = ProcessTeam(processes, balance=balance)
     learner = steps.learner(steps.rule)
     images, _ = steps.batch()
     settings = TrainConfig(model=steps.model, batch_size=steps.batch_size)
@@ -400,7 +396,7 @@ def _layers(team: ProcessTeam, steps: MeasuredSteps) -> Turn:
         times = []
         dist.barrier()
         before = time.perf_counter()
-        with team.working():
+        with team.working(Path()):
             for batch in loader.epoch():
                 team.step(*batch)
                 now = time.perf_counter()

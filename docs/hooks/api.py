@@ -8,7 +8,7 @@ from types import ModuleType
 
 import locallearn
 
-ROOMS = ("engine", "export", "integrations", "rules", "kernels", "models", "data")
+ROOMS = ("engine", "distributed", "export", "integrations", "rules", "kernels", "models", "data")
 
 _INTRODUCTION = """# Python
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from locallearn.cli import main
+from locallearn.engine import measured_steps
+from locallearn.engine.measured_steps import MeasuredSteps
 
 TINY = ["plan", "--image-size", "8", "--batch-size", "4", "--repeats", "1", "--device", "cpu"]
 TINY += ["--backend", "autograd", "--classes", "3"]
@@ -52,13 +55,34 @@ def test_more_devices_than_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, "--devices", "8"]) == 0
     shown = capsys.readouterr().out
     assert shown_ways(shown) == ["layers:4,data:2"]
+    assert "torchrun --nproc-per-node 8 -m locallearn train" in shown
+    assert "--parallel layers:4,data:2 --balance 1,1,1,1\n" in shown
     assert "layers alone can use at most 4 devices" in shown
     assert "data alone can use at most 2 devices" in shown
 
 
-def test_beside_others_that_take_the_same_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*TINY, "--beside", "1"]) == 0
-    assert "as measured beside 1 other process on this host" in capsys.readouterr().out
+def test_one_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, "--devices", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "\ntrain so: locallearn train --model smallconv --rule lls-mxm\n" in shown
+    assert shown_ways(shown) == ["layers:1"]
+
+
+def test_beside_others_that_take_the_same_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[MeasuredSteps, int]] = []
+
+    @contextlib.contextmanager
+    def beside(steps: MeasuredSteps, num_processes: int) -> Iterator[None]:
+        asked.append((steps, num_processes))
+        yield
+
+    monkeypatch.setattr(measured_steps, "steps_beside", beside)
+    assert main([*TINY, "--beside", "2"]) == 0
+    ((steps, num_processes),) = asked
+    assert (steps.model, steps.batch_size, num_processes) == ("smallconv", 4, 2)
+    assert "as measured beside 2 other processes on this host" in capsys.readouterr().out
 
 
 def test_networks_from_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,8 @@ def _train(
     replay: int | None,
     settings: dict[str, Any],
 ) -> None:
-    with joined(Parallelism.parse(parallel, num), "cpu", 120) as processes:
+    device = settings.get("device", "cpu")
+    with joined(Parallelism.parse(parallel, num), device, 120) as processes:
         fit(Path(out), settings, ProcessTeam(processes, balance=balance, replay=replay))
 
 

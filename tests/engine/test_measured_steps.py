@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import sys
 import time
 
 import pytest
@@ -44,6 +45,7 @@ def test_building_draws_no_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_others_take_steps_meanwhile() -> None:
     with steps_beside(TINY, 1):
         (other,) = multiprocessing.active_children()

@@ -21,6 +21,7 @@ from locallearn.kernels import (
     load_kernels,
 )
 from locallearn.kernels.periodic_basis import periodic_basis
+from locallearn.kernels.reference.schedulefree_step import SLICE_VALUES
 
 REFERENCE = load_kernels("reference")
 # Each shape and setting takes a second or two to compile for, and is compiled for once: a shape is
@@ -336,6 +337,31 @@ def test_schedulefree_step_is_the_packages(kernels, settings) -> None:
         torch.testing.assert_close(a, b.detach(), rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(z_i, package.state[b]["z"], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(v_i, package.state[b]["exp_avg_sq"], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(SLICE_VALUES + 3,), (1024, 520)])
+def test_schedulefree_step_of_large_parameters(kernels, shape) -> None:
+    """Larger than the reference takes at a time."""
+    theirs = torch.randn(shape, dtype=torch.float64).requires_grad_()
+    ours, v, state = theirs.detach().clone(), torch.zeros(shape, dtype=torch.float64), clock()
+    z = ours.clone()
+    package = AdamWScheduleFree([theirs], lr=0.01, betas=(0.9, 0.99), foreach=False)
+    package.train()
+    for _ in range(3):
+        theirs.grad = torch.randn(shape, dtype=torch.float64)
+        kernels.schedulefree_step(
+            [ours],
+            [theirs.grad.clone()],
+            [z],
+            [v],
+            state,
+            betas=(0.9, 0.99),
+            eps=1e-8,
+            weight_decay=0.0,
+        )
+        package.step()
+    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(z, package.state[theirs]["z"], rtol=1e-10, atol=1e-12)
 
 
 def test_averaging_by_bias_correction(kernels) -> None:

@@ -66,8 +66,8 @@ def plan(
 ) -> None:
     """What layers, copies or both in parallel would gain, and GPipe beside them.
 
-    Measures what each block costs here, at several batch sizes, under the rule and under bp; the
-    rest is a model of time, whose assumptions are printed below it. Nothing is spread for it.
+    Measures what each block costs here, at several batch sizes, under the rule and under bp. The
+    rest is a model of time, whose assumptions are printed below its figures.
     """
     import torch
 
@@ -142,6 +142,7 @@ def plan(
     )
     console.print(_table_of_ways(found, setup))
     console.print(_table_of_stages(found.local[0]))
+    print(_command(found.local[0], model, rule))
     for line in (*_remarks(found, setup), *_assumptions(setup, beside, place)):
         print(line)
     if json is not None:
@@ -310,6 +311,20 @@ def _table_of_stages(best: Prediction) -> Table:
             f"{stage.link_ms:,.2f}",
         )
     return table
+
+
+def _command(best: Prediction, model: str, rule: str) -> str:
+    """How to train in that way."""
+    words = ["train so:"]
+    if best.num_devices > 1:
+        words.append(f"torchrun --nproc-per-node {best.num_devices} -m")
+    words.append(f"locallearn train --model {model} --rule {rule}")
+    if best.num_devices > 1:
+        words.append(f"--parallel {best.way}")
+    if best.num_stages > 1:
+        numbers = (sum(name != "" for name in stage.blocks) for stage in best.stages)
+        words.append(f"--balance {','.join(map(str, numbers))}")
+    return " ".join(words)
 
 
 def _remarks(found: Plan, setup: Setup) -> list[str]:

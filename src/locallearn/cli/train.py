@@ -348,7 +348,7 @@ def _train(
                 f"Stopped after "
                 f"{f'step {step} of epoch {epoch + 1}' if step else f'epoch {epoch}'}; "
                 f"all is saved. "
-                f"Continue with: locallearn train --resume {trainer.run.path}",
+                f"Continue with: {team.resume_command(trainer.run.path)}",
                 file=sys.stderr,
             )
         return 128 + interruption.signal_number

@@ -90,9 +90,13 @@ class Processes:
         """
         if num_restarts() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
             return f"torchrun starts all again, from the last checkpoint in {directory}."
+        return f"Go on from the last checkpoint with `{self.resume_command(directory)}`."
+
+    def resume_command(self, directory: Path) -> str:
+        """What the user types to go on with a run, on as many processes of one host."""
         return (
-            f"Go on from the last checkpoint with `torchrun --nproc-per-node {self.num} -m "
-            f"locallearn train --parallel {self.parallelism} --resume {directory}`."
+            f"torchrun --nproc-per-node {self.num} -m locallearn train "
+            f"--parallel {self.parallelism} --resume {directory}"
         )
 
     def rank_of(self, stage: int, replica: int) -> int:

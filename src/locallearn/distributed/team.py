@@ -83,6 +83,10 @@ class ProcessTeam(Team):
     def replica(self) -> int:  # type: ignore[override]
         return self._processes.replica
 
+    @property
+    def synchronizes_batch_norm(self) -> bool:  # type: ignore[override]
+        return self._synchronize_batch_norm
+
     # -- the start ------------------------------------------------------------------------------
 
     def together(self, what: str) -> contextlib.AbstractContextManager[None]:
@@ -115,6 +119,9 @@ class ProcessTeam(Team):
 
     def describe(self) -> dict[str, Any]:
         return {"parallel": str(self._processes.parallelism)}
+
+    def resume_command(self, directory: Path) -> str:
+        return self._processes.resume_command(directory)
 
     def join(
         self,

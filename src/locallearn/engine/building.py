@@ -21,6 +21,7 @@ from locallearn.data import (
 )
 from locallearn.data.dataset import free_memory_bytes
 from locallearn.data.loader import EpochLoader
+from locallearn.engine.batch_norm import check_can_synchronize
 from locallearn.engine.blocks import freeze, needs_batch, plan_blocks
 from locallearn.engine.config import TrainConfig
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
@@ -175,15 +176,28 @@ def build_learner(
     )
 
 
-def choose_run_backend(settings: TrainConfig, dataset: Dataset) -> tuple[str, str]:
+def choose_run_backend(
+    settings: TrainConfig, dataset: Dataset, *, synchronize_batch_norm: bool = False
+) -> tuple[str, str]:
     """The backend of a run, "auto" made definite, and why: on the CPU compiled where it will pay.
 
     Arguments:
         settings: resolved.
         dataset: what it trains on; tells how many steps there will be.
+        synchronize_batch_norm: whether replicas normalise by whole batches.
+
+    Raises:
+        UserError: settings that synchronized BatchNorm does not go with.
     """
     assert settings.device is not None
     assert settings.epochs is not None
+    if synchronize_batch_norm:
+        check_can_synchronize(
+            closed_form=settings.backend not in ("auto", "autograd"),
+            is_compiled=settings.compile,
+            num_accumulated=getattr(settings.build_rule(), "num_accumulated", 1),
+        )
+        return "autograd", "BatchNorm is synchronized"
     backend = choose_backend(settings.backend, settings.device)
     if settings.backend != "auto":
         return backend, "as asked"

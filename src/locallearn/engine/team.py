@@ -32,6 +32,8 @@ class Team:
     is_alone = True
     replica = 0
     """Which of the copies of its stage it trains."""
+    synchronizes_batch_norm = False
+    """Whether copies of a stage normalise by whole batches."""
 
     # -- the start ------------------------------------------------------------------------------
 
@@ -78,6 +80,10 @@ class Team:
             UserError: it can't be spread so.
         """
         self._learner = learner
+
+    def resume_command(self, directory: Path) -> str:
+        """What the user types to go on with a run that was stopped."""
+        return f"locallearn train --resume {directory}"
 
     # -- training -------------------------------------------------------------------------------
 

@@ -244,7 +244,9 @@ class Trainer:
         else:
             dataset = finetuning.dataset
         with team.together("the choice of a backend"):
-            backend, reason = choose_run_backend(settings, dataset)
+            backend, reason = choose_run_backend(
+                settings, dataset, synchronize_batch_norm=team.synchronizes_batch_norm
+            )
         settings = replace(settings, backend=backend)
         config = RunConfig(
             settings=settings,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from locallearn.kernels.compiled.compilation import specialized
 from locallearn.kernels.interface import ScheduleFreeState
-from locallearn.kernels.reference.schedulefree_step import schedulefree_step as reference
+from locallearn.kernels.reference.schedulefree_step import step_values
 
 _LARGE = 2**15  # values
 
@@ -28,11 +28,9 @@ def _schedulefree_step(
     weight_lr_power: float,
     averages_by_bias_correction: bool,
 ) -> None:
-    reference(
-        parameters,
-        gradients,
-        z,
-        exp_avg_sq,
+    # Not in slices, as the reference does it: what is compiled holds nothing in between.
+    step_values(
+        zip(parameters, gradients, z, exp_avg_sq, strict=True),
         state,
         betas=betas,
         eps=eps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -52,6 +52,43 @@ def advance(
     return c, lr, lr * (beta1 * (1 - c) - 1), bias2
 
 
+def step_values(
+    tensors: Iterable[Sequence[Tensor]],
+    state: ScheduleFreeState,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    warmup_steps: int,
+    r: float,
+    weight_lr_power: float,
+    averages_by_bias_correction: bool,
+) -> None:
+    """The step of these values, and no other.
+
+    Arguments:
+        tensors: parameter, gradient, z and squared average, each time of one shape.
+        state, and all others: see `kernels.interface`.
+    """
+    beta1, beta2 = betas
+    c, lr, y_rate, bias2 = advance(
+        state,
+        beta1=beta1,
+        beta2=beta2,
+        warmup_steps=warmup_steps,
+        r=r,
+        weight_lr_power=weight_lr_power,
+        averages_by_bias_correction=averages_by_bias_correction,
+    )
+    for y, gradient, z, v in tensors:
+        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        direction = gradient / (v / bias2.to(v.dtype)).sqrt_().add_(eps)
+        if weight_decay:
+            direction.add_(y, alpha=weight_decay)
+        y.lerp_(z, c.to(y.dtype)).add_(direction * y_rate.to(y.dtype))
+        z.sub_(direction * lr.to(y.dtype))
+
+
 @torch.no_grad()
 def schedulefree_step(
     parameters: Sequence[Tensor],
@@ -68,21 +105,15 @@ def schedulefree_step(
     weight_lr_power: float = 2.0,
     averages_by_bias_correction: bool = False,
 ) -> None:
-    beta1, beta2 = betas
-    c, lr, y_rate, bias2 = advance(
+    whole = zip(parameters, gradients, z, exp_avg_sq, strict=True)
+    step_values(
+        itertools.chain.from_iterable(map(_slices, whole)),
         state,
-        beta1=beta1,
-        beta2=beta2,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
         warmup_steps=warmup_steps,
         r=r,
         weight_lr_power=weight_lr_power,
         averages_by_bias_correction=averages_by_bias_correction,
     )
-    whole = zip(parameters, gradients, z, exp_avg_sq, strict=True)
-    for y, gradient, z_i, v in itertools.chain.from_iterable(map(_slices, whole)):
-        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        direction = gradient / (v / bias2.to(v.dtype)).sqrt_().add_(eps)
-        if weight_decay:
-            direction.add_(y, alpha=weight_decay)
-        y.lerp_(z_i, c.to(y.dtype)).add_(direction * y_rate.to(y.dtype))
-        z_i.sub_(direction * lr.to(y.dtype))
