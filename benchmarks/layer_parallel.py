@@ -59,7 +59,7 @@ _NUM_PROCESSES = 2
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
 _NUM_KEPT = 2  # of these, after a first look
 _NUM_FILLING = 2  # steps of a turn until the pipeline is full
-_TIMEOUT_SECONDS = 900
+_TIMEOUT_SECONDS = 1800
 _LOSS_TOLERANCE = 1e-3  # relative, of a step of gpipe:1
 
 
