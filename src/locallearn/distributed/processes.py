@@ -30,11 +30,6 @@ _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _START_SECONDS = 60.0  # for all to come
 
 
-def num_started() -> int:
-    """How many processes `torchrun` has started together; 1 where it did not start this one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-
-
 def num_restarts() -> int:
     """How often torchrun has started the processes again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
