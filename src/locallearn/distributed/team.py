@@ -258,8 +258,10 @@ class ProcessTeam(Team):
         last = beats[self._processes.rank_of(self._processes.parallelism.num_stages - 1, 0)]
         return last.loss or 0.0, last.accuracy or 0.0, tuple(beat.load for beat in beats)
 
-    def writing(self) -> contextlib.AbstractContextManager[None]:
-        return self._pulse.writing()
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        with self._pulse.busy("writing files"), self._pulse.writing():
+            yield
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         if not self._stage.is_first:
