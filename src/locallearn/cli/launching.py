@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from locallearn.distributed.parallelism import Parallelism
     from locallearn.engine.team import Team
 
-# How long processes wait at most in an exchange; a rank that dies or hangs is found sooner, by its
-# signs of life.
-_TIMEOUT_SECONDS = 3600.0
+# How long processes wait at most in an exchange: days, so that it is the signs of life that find a
+# rank that died or hangs, however long --hang-timeout is.
+_TIMEOUT_SECONDS = 7 * 86400.0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from locallearn.distributed.agreement import meet
@@ -153,11 +153,15 @@ def joined(
     backend = "gloo"
     if own.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
+            message = (
                 f"process {local_rank} of this host has no CUDA device of its own: there are "
                 f"{torch.cuda.device_count()}. Start as many processes as devices, or give "
                 f"--device cpu."
             )
+            # Each finds it alone; the first of them says it.
+            if local_rank > torch.cuda.device_count():
+                raise Silent(message)
+            raise UserError(message)
         own = torch.device("cuda", local_rank)
         torch.cuda.set_device(own)
         backend = "cpu:gloo,cuda:nccl"
@@ -175,8 +179,7 @@ def joined(
                 dist.init_process_group(
                     backend, store=store, rank=rank, world_size=num, timeout=timeout
                 )
-                shape = (parallelism.num_stages, parallelism.num_replicas)
-                mesh = init_device_mesh(own.type, shape, mesh_dim_names=(STAGES, REPLICAS))
+                mesh = _mesh(parallelism, own.type, timeout)
                 control = dist.new_group(backend="gloo", timeout=timeout)
             assert isinstance(control, ProcessGroup)
             run = PrefixStore("run", store)
@@ -187,6 +190,17 @@ def joined(
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def _mesh(parallelism: Parallelism, device_type: str, timeout: timedelta) -> DeviceMesh:
+    """Stages by replicas. `init_device_mesh` gives its groups no limit but the backend's own."""
+    grid = torch.arange(parallelism.num_processes).view(-1, parallelism.num_replicas)
+    groups = []
+    for lines in (grid.T, grid):
+        group, _ = dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout)
+        assert isinstance(group, ProcessGroup)
+        groups.append(group)
+    return DeviceMesh.from_group(groups, device_type, grid, mesh_dim_names=(STAGES, REPLICAS))
 
 
 def _reach_others() -> tuple[Store, int, int]:
