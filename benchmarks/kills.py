@@ -41,7 +41,7 @@ from locallearn.engine.run import RunDirectory
 
 NUM_EPOCHS = 6
 # As the documentation states them, from the kill to the last process' end.
-STATED_SECONDS = {"killed": 30.0, "stopped": 40.0, "torchrun killed": 30.0, "at the start": 90.0}
+STATED_SECONDS = {"killed": 30.0, "stopped": 40.0, "torchrun killed": 30.0, "at the start": 150.0}
 GIVE_UP_SECONDS = 300.0
 _LOOK_SECONDS = 0.02
 _TIME_COLUMNS = ("images_per_second", "step_time_ms")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from benchmarks.same_run import differences
 from tests.distributed.training import train_alone, train_in_processes
+from torch import nn
 
 from locallearn.distributed.stages import Spread
 from locallearn.engine import LocalLearner
@@ -134,7 +136,6 @@ def test_a_stage_holds_no_weights_of_others() -> None:
     before = {name: t.clone() for name, t in learner.training_state()["model"].items()}
     spread = Spread(learner, images)
     stage = spread.stage(1, (2, 1, 1))
-    stage.let_go()
     held = {
         name for name, p in learner.model.named_parameters() if p.untyped_storage().nbytes() > 4
     }
@@ -148,6 +149,108 @@ def test_a_stage_holds_no_weights_of_others() -> None:
     learner.model.load_state_dict(before)
     for name, tensor in learner.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+# -- networks that can't be cut everywhere, or not as one might think ----------------------------
+
+
+def block(c_in: int, c_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, 1, 1), nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+class Base(nn.Module):
+    """stem -> one -> two -> fc, the stem in no block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, 1, 1)
+        self.one, self.two, self.fc = block(4, 6), block(6, 6), nn.Linear(6, 10)
+        self.scale = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+        self.norm = nn.BatchNorm2d(6, affine=False)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.two(self.between(self.one(self.stem(x).detach())))
+        return self.fc(self.scale * x.mean((2, 3)))
+
+
+class OneNormForBoth(Base):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.two(self.between(self.one(self.stem(x).detach()))))
+        return self.fc(x.mean((2, 3)))
+
+
+class Windows(Base):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(self.stem(x).detach())
+        halves = torch.cat(x.chunk(2, dim=2))  # (2N, C, H / 2, W)
+        return self.fc(sum(self.two(halves).mean((2, 3)).chunk(2)))
+
+
+class Contiguous(Base):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous()
+
+
+class TwoNames(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = self.fc
+
+
+def spread_of(model: nn.Module) -> Spread:
+    images = torch.randn(3, 1, 8, 8)
+    learner = LocalLearner(
+        model, "lls", num_classes=10, blocks="one,two", example_input=images, backend="autograd"
+    )
+    return Spread(learner, images)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (OneNormForBoth, "'two': BatchNorm2d with numbers of its own runs before it and after it"),
+        (Windows, "'two': what it reads does not have the batch, image by image"),
+    ],
+)
+def test_where_no_stage_can_begin(model: type[nn.Module], message: str) -> None:
+    with pytest.raises(UserError, match=f"no stage can begin at block {message}"):
+        spread_of(model()).stage(1, (1, 1))
+
+
+@pytest.mark.filterwarnings("ignore:no block holds")
+@pytest.mark.parametrize("model", [Base, Contiguous, TwoNames])
+def test_stages_in_turn_are_the_network(model: type[nn.Module]) -> None:
+    """Trained one after the other on the same batches, with what each holds alone; their states,
+    put together, are the whole network's."""
+    torch.manual_seed(1)
+    whole = model()
+    learners = [spread_of(copy.deepcopy(whole)).learner for _ in range(3)]
+    images = torch.randn(3, 1, 8, 8)
+    stages = [Spread(learners[n], images).stage(n, (1, 1)) for n in range(2)]
+    for seed in range(3):
+        batch = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+        labels = torch.arange(8)
+        learners[2].step(batch, labels)
+        handed_on: list[torch.Tensor] = []
+        with stages[0].alone(handed_on.append):
+            stages[0].learner.step_blocks(batch, labels)
+        with stages[1].alone(handed_on.append):
+            stages[1].learner.step(handed_on[0], labels)
+    expected = learners[2].training_state()
+    states = [s.learner.training_state() for s in stages]
+    found = stages[0].owners.merged(
+        states[0],
+        [s.owners.part(state, n) for n, (s, state) in enumerate(zip(stages, states, strict=False))],
+    )
+    for part in ("model", "heads"):
+        for name, tensor in expected[part].items():
+            assert torch.equal(found[part][name], tensor), name
 
 
 @pytest.mark.parametrize("rule", ["bp", "dfa", "pepita"])

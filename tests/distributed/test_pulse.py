@@ -256,6 +256,8 @@ def _worker(
     except UserError as error:
         os.write(2, f"raised {error}\n".encode())
         code = error.exit_code
+        if body is _linger_at_rank_0:
+            time.sleep(1000)
     os._exit(code)
 
 
@@ -289,6 +291,12 @@ def _fail_at_rank_2(processes: Processes) -> None:
             raise UserError("the loss became NaN.")
 
     _go_round(processes, stops)
+
+
+def _linger_at_rank_0(processes: Processes) -> None:
+    if processes.rank == 0:
+        raise UserError("the loss became NaN.")
+    _go_round(processes)
 
 
 def _fail_at_all(processes: Processes) -> None:
@@ -344,6 +352,12 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
 def test_a_rank_that_fails_says_it_itself(tmp_path: Path) -> None:
     codes, lines = Job(tmp_path, 3, _fail_at_rank_2).end()
     assert codes == [1, 1, 2]
+    assert lines == ["raised the loss became NaN."]
+
+
+def test_one_that_is_held_up_on_its_way_out_is_ended(tmp_path: Path) -> None:
+    codes, lines = Job(tmp_path, 2, _linger_at_rank_0).end()
+    assert codes == [1, 1]
     assert lines == ["raised the loss became NaN."]
 
 

@@ -33,7 +33,8 @@ _HEADER_TAG, _VALUES_TAG = 1, 2
 _MOST_DIMS = 8
 # number, end of a sequence, flag, batch; type of the values, number of dimensions, sizes, strides
 _HEADER_LENGTH = 4 + 2 + 2 * _MOST_DIMS
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int64)
+# What is sent.
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class _Format:
 
     def numbers(self) -> list[int]:
         rest = [0] * (_MOST_DIMS - len(self.shape))
-        kind = _DTYPES.index(self.dtype)
+        kind = DTYPES.index(self.dtype)
         return [kind, len(self.shape), *self.shape, *rest, *self.stride, *rest]
 
     @classmethod
     def from_numbers(cls, numbers: list[int]) -> _Format:
         kind, num_dims, *rest = numbers
         stride = rest[_MOST_DIMS : _MOST_DIMS + num_dims]
-        return cls(_DTYPES[kind], tuple(rest[:num_dims]), tuple(stride))
+        return cls(DTYPES[kind], tuple(rest[:num_dims]), tuple(stride))
 
     def num_values(self, num_images: int | None = None) -> int:
         """Of this batch, or of one of so many images."""

@@ -13,6 +13,7 @@ into the store as the verdict, so that all end for the same reason and one of a 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import re
@@ -69,6 +70,8 @@ _GLOO_LOST = re.compile(
 
 class LostRank(UserError):  # noqa: N818 - says what it is
     """Another process of the training died, hangs, or failed; the training can't go on.
+
+    Once it has left :func:`processes.joined`, this process too is ended, in some seconds.
 
     Arguments:
         message: which, what it did, and how to go on.
@@ -198,6 +201,11 @@ class Pulse:
             self._turn_to(ENDED)
             self._wake.set()
             self._parted.wait()
+        else:
+            # An interpreter's end may wait for a lost rank, in threads of the groups; by then no
+            # thread of Python runs any more.
+            nowhere = open(os.devnull, "w")  # noqa: SIM115 - to the process' end
+            faulthandler.dump_traceback_later(_LEAVING_SECONDS, exit=True, file=nowhere)
         self.close()
 
     # -- the main thread's -----------------------------------------------------------------------

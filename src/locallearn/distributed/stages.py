@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locallearn.distributed.links import DTYPES
 from locallearn.engine.blocks import CannotCut, Cut, Reached, evaluating, find_cut
 from locallearn.engine.learner import LocalLearner
+from locallearn.engine.procedures import logits_of
 from locallearn.engine.statistics import tracked_norms
 from locallearn.errors import UserError
 
@@ -59,9 +61,9 @@ class Spread:
             )
         self.learner = learner
         self._images = images.repeat(_NUM_CHECKED, *[1] * (images.ndim - 1))[:_NUM_CHECKED]
-        self._firsts = {unit.name: unit.modules[0] for unit in learner.units}
-        self._order = _order_of_calls(learner, self._images)
-        self.names = sorted(self._firsts, key=lambda name: self._order[self._firsts[name]])
+        self._units = {unit.name: unit for unit in learner.units}
+        self._calls = _calls(learner, self._images)
+        self.names = sorted(self._units, key=lambda name: self._start(name))
         self._cuts: dict[str, Cut | UserError] = {}
 
     def can_begin_at(self, name: str) -> bool:
@@ -86,30 +88,89 @@ class Spread:
                 )
         return self._cuts[name]
 
+    def _start(self, name: str) -> int:
+        """The moment when a block first begins."""
+        return self._calls[self._units[name].modules[0]][0][0]
+
     def _find(self, name: str) -> Cut:
-        learner, first = self.learner, self._firsts[name]
-        plan = learner.plan
+        learner, modules = self.learner, self._units[name].modules
+        plan, start = learner.plan, self._start(name)
         assert plan is not None
-        if any(block.reads_loose for block in plan.blocks if block.name == name):
+        if any(block.reads_loose for block in plan.blocks if set(block.members) & set(modules)):
             raise CannotCut("it learns with parameters that lie in front of it")
-        cut = find_cut(learner.model, lambda m: m is first, self._images, learner.infer)
+        for module, calls in self._calls.items():
+            has_state = any(True for _ in (*module.parameters(False), *module.buffers(False)))
+            if has_state and min(calls)[0] < start <= max(calls)[0]:
+                kind = type(module).__name__
+                raise CannotCut(f"{kind} with numbers of its own runs before it and after it")
+        cut = find_cut(learner.model, lambda m: m is modules[0], self._images, learner.infer)
+        if cut.feature_dtype not in DTYPES:
+            raise CannotCut(f"it reads {cut.feature_dtype}, which is not sent")
         cut.check(self._images, learner.infer)
         return cut
 
     def stage(self, number: int, sizes: Sequence[int]) -> Stage:
-        """A stage of a network of which so many blocks are in each."""
+        """A stage of a network of which so many blocks are in each; it holds its own weights alone.
+
+        Raises:
+            UserError: no stage can begin there, or it reads weights of another.
+        """
         ends = [sum(sizes[: stage + 1]) for stage in range(len(sizes))]
         firsts = [self.names[end] for end in ends[:-1]]
         cuts = [self.cut(name) for name in firsts]
-        owners = self._owners(ends, [self._order[cut.module] for cut in cuts])
+        starts = [self._start(name) for name in firsts]
         last = len(sizes) - 1
-        return Stage(
+        stage = Stage(
             self.learner,
             number,
             cuts[number - 1] if number > 0 else None,
             cuts[number] if number < last else None,
-            owners,
+            self._owners(ends, starts),
+            self._not_read_in(number, starts),
         )
+        features = self._images
+        if number > 0:
+            features = cuts[number - 1].made(self._images, self.learner.infer)
+        before = stage.infer(features)
+        stage.let_go()
+        if not torch.equal(stage.infer(features), before):
+            raise UserError(
+                f"the {number + 1}. of {len(sizes)} stages of the network reads weights of another "
+                f"one. Give other numbers of blocks (--balance), or use --parallel data."
+            )
+        return stage
+
+    def _stages_of(self, module: nn.Module, starts: Sequence[int]) -> set[int]:
+        """In which stages a module runs, wholly or in part; none of one that is never called."""
+        stages: set[int] = set()
+        for call in self._calls.get(module, ()):
+            first, last = (sum(moment >= start for start in starts) for moment in call)
+            stages.update(range(first, last + 1))
+        return stages
+
+    def _not_read_in(self, number: int, starts: Sequence[int]) -> list[nn.Parameter]:
+        """Parameters that a stage has no use for: of modules that run in others alone."""
+        learner = self.learner
+        of_others = {
+            parameter
+            for module in learner.model.modules()
+            if (stages := self._stages_of(module, starts)) and number not in stages
+            for parameter in module.parameters(recurse=False)
+        }
+        kept = {
+            parameter
+            for module in learner.model.modules()
+            if number in self._stages_of(module, starts)
+            for parameter in module.parameters(recurse=False)
+        }
+        heads = [
+            parameter
+            for unit in learner.units
+            if unit.head is not None
+            and sum(self._start(unit.name) >= start for start in starts) != number
+            for parameter in unit.head.parameters()
+        ]
+        return [*(of_others - kept), *heads]
 
     def _owners(self, ends: Sequence[int], starts: Sequence[int]) -> _Owners:
         """Whose stage each part of a learner's state is."""
@@ -121,16 +182,24 @@ class Spread:
         }
         # A module is the stage's in which its call first began: never called, the first's.
         of_module = {
-            name: sum(self._order.get(module, 0) >= start for start in starts)
-            for name, module in learner.model.named_modules()
+            name: min(self._stages_of(module, starts), default=0)
+            for name, module in learner.model.named_modules(remove_duplicate=False)
         }
         of_tensor = {key: of_module[key.rpartition(".")[0]] for key in learner.model.state_dict()}
-        names = {id(p): name for name, p in learner.model.named_parameters()}
-        for block, optimizer in learner.optimizers.items():
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if id(parameter) in names:
-                        of_tensor[names[id(parameter)]] = of_unit.get(block, num - 1)
+        # What a block trains is its stage's, and what the output layer reaches the last one's.
+        trained_by = {
+            parameter: block
+            for block, optimizer in learner.optimizers.items()
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for name, parameter in learner.model.named_parameters(remove_duplicate=False):
+            block = trained_by.get(parameter)
+            holder = learner.model.get_submodule(name.rpartition(".")[0])
+            if block in of_unit:
+                of_tensor[name] = of_unit[block]
+            elif block is not None and num - 1 in self._stages_of(holder, starts):
+                of_tensor[name] = num - 1
         units = [unit for unit in learner.units if unit.head is not None]
         of_head = {
             key: of_unit[units[int(key.partition(".")[0])].name]
@@ -165,6 +234,14 @@ class _Owners:
         counts = self._merged_counts([state["statistics"]["counts"] for state in states])
         whole["statistics"] = {"counts": counts}
         return whole
+
+    def weights(self, learner: LocalLearner, stage: int) -> State:
+        """What a stage has to say of its learner's modules."""
+        tables = (("model", learner.model, self.of_tensor), ("heads", learner.heads, self.of_head))
+        return {
+            name: {key: t for key, t in module.state_dict().items() if owners[key] == stage}
+            for name, module, owners in tables
+        }
 
     def merged_replica(self, states: Sequence[State]) -> State:
         """The same of :meth:`LocalLearner.replica_state`."""
@@ -202,6 +279,7 @@ class Stage:
         entry: where it begins; None of the first.
         exit: where the next begins; None of the last.
         owners: see there.
+        others: parameters that it has no use for.
     """
 
     def __init__(
@@ -211,12 +289,14 @@ class Stage:
         entry: Cut | None,
         exit: Cut | None,
         owners: _Owners,
+        others: Sequence[nn.Parameter] = (),
     ) -> None:
         self.learner = learner
         self.number = number
         self.owners = owners
         self._entry = entry
         self._exit = exit
+        self._others = others
         self._strides: dict[nn.Parameter, tuple[int, ...]] = {}  # of what was let go
 
     @property
@@ -234,8 +314,8 @@ class Stage:
         Arguments:
             put: is given what the next stage reads; the model then yields None.
         """
-        model = self.learner.model
-        before = model._compiled_call_impl
+        learner, model = self.learner, self.learner.model
+        before, were_images = model._compiled_call_impl, learner.takes_images
         call = before or model._call_impl
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -251,10 +331,18 @@ class Stage:
             if self._exit is not None:
                 stack.enter_context(self._exit.stopping())
             model._compiled_call_impl = run
+            learner.takes_images = self.is_first
             try:
                 yield
             finally:
-                model._compiled_call_impl = before
+                model._compiled_call_impl, learner.takes_images = before, were_images
+
+    def infer(self, features: Tensor) -> Tensor:
+        """What the next stage reads, or the logits, in evaluation mode."""
+        put: list[Tensor] = []
+        with evaluating(self.learner.model), self.alone(put.append):
+            made = self.learner.run(features)
+        return put[0] if put else logits_of(made)
 
     def let_go(self) -> None:
         """Hold no weight, and no optimizer's state, of what other stages train: their parameters
@@ -262,7 +350,8 @@ class Stage:
         for name, optimizer in self.learner.optimizers.items():
             if self.owners.of_optimizer[name] != self.number:
                 optimizer.state.clear()
-        for parameter in self._others():
+        assert not self._strides, "it has let go already"
+        for parameter in self._others:
             self._strides[parameter] = parameter.stride()
             parameter.data = parameter.new_zeros(()).expand(parameter.shape)
 
@@ -273,18 +362,6 @@ class Stage:
                 parameter.shape, stride, dtype=parameter.dtype, device=parameter.device
             )
         self._strides.clear()
-
-    def _others(self) -> list[nn.Parameter]:
-        tables = (
-            (self.learner.model, self.owners.of_tensor),
-            (self.learner.heads, self.owners.of_head),
-        )
-        return [
-            parameter
-            for module, owners in tables
-            for name, parameter in module.named_parameters()
-            if owners[name] != self.number
-        ]
 
 
 def whole(learner: LocalLearner) -> Stage:
@@ -299,21 +376,31 @@ def whole(learner: LocalLearner) -> Stage:
     return Stage(learner, 0, None, None, owners)
 
 
-def _order_of_calls(learner: LocalLearner, images: Tensor) -> dict[nn.Module, int]:
-    """Module -> when its call first began."""
-    order: dict[nn.Module, int] = {}
+def _calls(learner: LocalLearner, images: Tensor) -> dict[nn.Module, list[tuple[int, int]]]:
+    """Module -> first and last moment of each of its calls; at every moment another call begins."""
+    calls: dict[nn.Module, list[tuple[int, int]]] = {}
+    going_on: list[int] = []
+    moment = -1
 
     def begin(module: nn.Module, args: Any) -> None:
-        order.setdefault(module, len(order))
+        nonlocal moment
+        moment += 1
+        going_on.append(moment)
 
-    handles = [module.register_forward_pre_hook(begin) for module in learner.model.modules()]
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        calls.setdefault(module, []).append((going_on.pop(), moment))
+
+    handles: list[Any] = []
+    for module in learner.model.modules():
+        handles.append(module.register_forward_pre_hook(begin))
+        handles.append(module.register_forward_hook(end))
     try:
         with evaluating(learner.model):
             learner.infer(images)
     finally:
         for handle in handles:
             handle.remove()
-    return order
+    return calls
 
 
 def _needs(learner: LocalLearner) -> str:

@@ -27,7 +27,7 @@ from locallearn.engine.config import TrainConfig
 from locallearn.engine.evaluation import Evaluation, evaluation_of, tally
 from locallearn.engine.learner import LocalLearner
 from locallearn.engine.results import StepResult
-from locallearn.engine.sums import EpochSums
+from locallearn.engine.sums import EpochSums, combined, nothing_of, scaled
 from locallearn.engine.team import Team
 from locallearn.errors import UserError
 
@@ -73,6 +73,7 @@ class ProcessTeam(Team):
         self._stop: int | None = None
         self._looked = 0.0
         self._told = 0.0
+        self._num_images_before = 0  # of the epoch, by whatever processes
         self._num_elements_before = 0  # values that were made before all processes went on
 
     @property
@@ -187,7 +188,6 @@ class ProcessTeam(Team):
             self._sizes = self.first(lambda: self._measured_sizes(spread, settings, twin, images))
         with self.together("cutting the network into stages"):
             self._stage = spread.stage(self._processes.stage, self._sizes)
-            self._stage.let_go()
         place, replica = self._processes.stage, self._processes.replica
         if not self._stage.is_first:
             sender = self._processes.rank_of(place - 1, replica)
@@ -318,29 +318,18 @@ class ProcessTeam(Team):
 
     def total(self, sums: State) -> State:
         parts = self._gathered(sums, at_all=True)
+        num_replicas = self._processes.parallelism.num_replicas
         if self._replay is not None:
-            parts = [_scaled(part, parts[0]["num_images"]) for part in parts]
-        return {
-            # Columns of other stages are zero, so that nothing is rounded.
-            "loss": torch.stack([part["loss"] for part in parts]).sum(0),
-            "correct": torch.stack([part["correct"] for part in parts]).sum(0),
-            "num_images": sum(
-                part["num_images"]
-                for rank, part in enumerate(parts)
-                if rank < self._processes.parallelism.num_replicas
-            ),
-            "has_logits": any(part["has_logits"] for part in parts),
-        }
+            # Stages differ in how many images they have trained on since the run went on.
+            before = min(self._num_images_before, parts[0]["num_images"])
+            self._num_images_before = before
+            num = parts[0]["num_images"] - before
+            parts = [parts[0], *(scaled(part, num) for part in parts[1:])]
+        return combined(parts, num_images=sum(part["num_images"] for part in parts[:num_replicas]))
 
     def own_part(self, sums: State) -> State:
-        if self._processes.rank == 0:
-            return sums
-        is_first_stage = self._stage.is_first
-        return sums | {
-            "loss": torch.zeros_like(sums["loss"]),
-            "correct": torch.zeros_like(sums["correct"]),
-            "num_images": 0 if is_first_stage else sums["num_images"],
-        }
+        self._num_images_before = sums["num_images"]
+        return sums if self._processes.rank == 0 else nothing_of(sums)
 
     def recalibrate(self, loader: EpochLoader[Any], epoch: int) -> None:
         if self._stage.is_first:
@@ -390,8 +379,11 @@ class ProcessTeam(Team):
         owners, num_replicas = self._stage.owners, self._processes.parallelism.num_replicas
         own = _on_host(self._learner.replica_state())
         self._synchronize_buffers()
-        state = _on_host(self._learner.training_state())
-        parts = self._gathered({"own": own} | owners.part(state, self._stage.number))
+        state = self._learner.training_state()
+        mine: State = {"own": own}
+        if self._processes.replica == 0:  # the others' are the same
+            mine |= _on_host(owners.part(state, self._stage.number))
+        parts = self._gathered(mine)
         if not parts:
             return None
         of_replicas = [
@@ -417,11 +409,19 @@ class ProcessTeam(Team):
         self._num_elements_before = state["num_elements"]
 
     def collect_weights(self) -> None:
-        state = self.training_state()
-        if state is not None:
+        self._synchronize_buffers()
+        mine: State = {}
+        if self._processes.replica == 0:
+            mine = _on_host(self._stage.owners.weights(self._learner, self._stage.number))
+        parts = self._gathered(mine)
+        if parts:
             self._stage.hold_all()
-            self._learner.model.load_state_dict(state["model"])
-            self._learner.heads.load_state_dict(state["heads"])
+            modules = {"model": self._learner.model, "heads": self._learner.heads}
+            for name, module in modules.items():
+                state = module.state_dict()  # which has more to it than entries
+                for part in parts:
+                    state.update(part.get(name, {}))
+                module.load_state_dict(state)
 
     def _gathered(self, value: State, *, at_all: bool = False) -> list[State]:
         """By rank; at others than the first nothing, unless asked."""
@@ -433,13 +433,6 @@ class ProcessTeam(Team):
                 return parts
             dist.gather_object(value, parts if self.is_first else None, dst=0, group=control)
         return parts if self.is_first else []
-
-
-def _scaled(sums: State, num_images: int) -> State:
-    """A stage's, as if it had trained on so many images: its means stay."""
-    scale = num_images / max(1, sums["num_images"])
-    correct = (sums["correct"] * scale).round().long()
-    return sums | {"loss": sums["loss"] * scale, "correct": correct, "num_images": num_images}
 
 
 def _on_host(state: Any) -> Any:

@@ -181,6 +181,8 @@ class LocalLearner(nn.Module):
             self.backend, self._later_backend = "autograd", "compiled"
         self._is_auto = backend == "auto"
         self._num_elements = 0  # values of z that the steps have made
+        # Not where the model is entered behind its first blocks: what it takes stays as it lies.
+        self.takes_images = True
         self.state_number = 0  # of the loaded states; a captured graph is for one
         if batch_statistics_from < 1:
             raise UserError(
@@ -991,7 +993,7 @@ class LocalLearner(nn.Module):
             parameter.grad = None
 
     def _arrange(self, images: Inputs) -> Inputs:
-        if not self.channels_last:
+        if not (self.channels_last and self.takes_images):
             return images
         return tree_map_only(Tensor, in_channels_last, images)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 # A place of an epoch that is no step: the forwards that BatchNorm's statistics are measured on.
 RECALIBRATION = -1
@@ -52,10 +53,16 @@ class RandomStreams:
             self._generators.append(torch.cuda.default_generators[index])
         elif device.type == "mps":
             self._generators.append(torch.mps._get_default_mps_generator())
+        self._handles: list[RemovableHandle] = []
         if model is not None:
-            model.register_forward_pre_hook(self._on_call)
+            self._handles.append(model.register_forward_pre_hook(self._on_call))
         for number, module in enumerate(firsts, start=1):
-            module.register_forward_pre_hook(self._seeding(number))
+            self._handles.append(module.register_forward_pre_hook(self._seeding(number)))
+
+    def close(self) -> None:
+        """The model's forwards draw as ever."""
+        for handle in self._handles:
+            handle.remove()
 
     def begin(self, epoch: int, step: int) -> None:
         """What follows is this step of this epoch, or RECALIBRATION."""
@@ -64,12 +71,14 @@ class RandomStreams:
         self._draw_from(0)
 
     def _on_call(self, module: nn.Module, args: Any) -> None:
-        self._call += 1
-        self._draw_from(0)
+        if module.training:
+            self._call += 1
+            self._draw_from(0)
 
     def _seeding(self, number: int) -> Any:
         def seed(module: nn.Module, args: Any) -> None:
-            self._draw_from(number)
+            if module.training:
+                self._draw_from(number)
 
         return seed
 

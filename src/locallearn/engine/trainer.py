@@ -412,6 +412,8 @@ class Trainer:
             with skipped, self.team.working(self.run.path):
                 self._train_epochs(writer)
         finally:
+            if self._streams is not None:
+                self._streams.close()
             if writer is not None:
                 writer.close()
         return self._finish_run()
@@ -647,7 +649,8 @@ class Trainer:
     # -- parts ----------------------------------------------------------------------------------
 
     def _new_sums(self) -> EpochSums:
-        return EpochSums(self.learner.loss_names, self.device)
+        names = self.learner.loss_names
+        return EpochSums(names, self.device, is_whole=self.team.is_alone)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -711,6 +714,7 @@ class Trainer:
             "schedules": {name: s.state_dict() for name, s in self.schedules.items()},
             "best": self.best,
             "peak": self.peak.state(),
+            "has_streams": self._streams is not None,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
@@ -727,6 +731,11 @@ class Trainer:
         self.best = state.get("best")  # of earlier versions there is none
         self.peak.load(state.get("peak"))
         torch.set_rng_state(state["rng"])
+        if self.step and self._streams is not None and not state.get("has_streams", False):
+            self.observer.on_note(
+                "the checkpoint is from the middle of an epoch and of an earlier version, which "
+                "drew dropout's masks otherwise: the run goes on, but not bit for bit"
+            )
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
 

@@ -257,8 +257,11 @@ def find_cut(
     shapes = zip(small.feature.shape, large.feature.shape, strict=True)
     sizes = [_sizes(*pair) for pair in shapes]
     is_batch = [size is not None and size.per_image is not None for size in sizes]
-    if is_batch != [True, *[False] * (len(sizes) - 1)]:
-        raise CannotCut("what it reads has no batch in its first dimension")
+    is_plain = bool(small.feature.ndim) and small.feature.shape[0] == _BATCHES[0]
+    if not is_plain or is_batch != [True, *[False] * (len(sizes) - 1)]:
+        raise CannotCut(
+            "what it reads does not have the batch, image by image, in its first dimension alone"
+        )
     outputs: dict[nn.Module, list[Any]] = {}
     for (module, one), (also, two) in zip(small.over, large.over, strict=True):
         if module is not also:
