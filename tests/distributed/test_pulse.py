@@ -8,15 +8,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.processes import _CONTEXT, environment, in_processes
 
+from locallearn.distributed import pulse as of_pulse
 from locallearn.distributed.parallelism import Parallelism
 from locallearn.distributed.processes import Processes, joined
+from locallearn.distributed.pulse import Pulse, _is_lost_connection
+from locallearn.distributed.team import ProcessTeam
 from locallearn.distributed.watch import Beat, Watch
 from locallearn.errors import Silent, UserError
 
@@ -115,6 +118,57 @@ def test_all_that_wait_for_each_other_are_stuck() -> None:
 
 
 # -- with processes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (
+            RuntimeError("[/x/gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:9"),
+            True,
+        ),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:40] Read error [::1]:9: I/O error"), True),
+        (RuntimeError("[x.cc:1] Timed out waiting 30000ms for recv operation to complete"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (RuntimeError("Gloo connectFullMesh failed with [x.cc:1] no error"), True),
+        (dist.DistBackendError("NCCL communicator was aborted on rank 1."), True),
+        (dist.DistNetworkError("failed to recv, got 0 bytes"), True),
+        (RuntimeError("[enforce fail at /x/gloo/transport/tcp/pair.cc:9] 8 <= 4. 8 vs 4"), False),
+        (RuntimeError("CUDA error: the launch timed out and was terminated"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (1x2 and 3x4)"), False),
+        (torch.OutOfMemoryError("CUDA out of memory."), False),
+    ],
+)
+def test_lost_connections_are_told_from_other_errors(error: RuntimeError, is_lost: bool) -> None:
+    assert _is_lost_connection(error) is is_lost
+
+
+def test_an_error_of_another_kind_passes_as_it_is() -> None:
+    pulse = Pulse(dist.HashStore(), 0, NAMES)
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), pulse.waiting(1):
+        raise RuntimeError("shapes differ")
+
+
+def test_what_is_traced_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
+    monkeypatch.setattr(of_pulse, "_born", lambda pid: 1)
+    monkeypatch.setattr(of_pulse, "_state", {10: "T", 11: "t", 12: "S"}.__getitem__)
+    pulse = Pulse(dist.HashStore(), 0, NAMES)
+    pulse._neighbours = {rank: (10 + rank, 1) for rank in range(3)}
+    pulse._kill_stopped()
+    assert killed == [10]
+
+
+def test_a_slow_disk_is_no_hang() -> None:
+    pulse = Pulse(dist.HashStore(), 0, NAMES)
+    nobody = cast(Any, None)
+    cpu = torch.device("cpu")
+    team = ProcessTeam(Processes(Parallelism(2, 1), 0, cpu, nobody, nobody, nobody, pulse))
+    pulse.note(epoch=1, step=1)
+    with team.writing():
+        assert pulse.beats()[0].doing == "writing files"
+    assert pulse.beats()[0].doing == "computing"
 
 
 def _beats_of_each() -> list[tuple[int, int | None, float | None, bool]]:

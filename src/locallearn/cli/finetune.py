@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from locallearn.cli.console import make_observer
+from locallearn.cli.launching import check_is_alone
 from locallearn.cli.naming import file_name
 from locallearn.cli.signals import noting_signals
 from locallearn.errors import UserError
@@ -214,6 +215,7 @@ def finetune(
     quiet: Annotated[bool, _option("Print only the result.", _RUN, "--quiet")] = False,
 ) -> int:
     """Train a trained network further, on your own images, within a memory limit."""
+    check_is_alone("finetune")
     # Measuring memory has torch warn of what is freed within that was made before.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from locallearn.engine import Interrupted, RunDirectory, Trainer

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from locallearn.distributed.parallelism import Parallelism
     from locallearn.engine.team import Team
 
-# How long processes wait at most in an exchange; a rank that dies or hangs is found sooner, by its
-# signs of life.
-_TIMEOUT_SECONDS = 3600.0
+# How long processes wait at most in an exchange: days, so that it is the signs of life that find a
+# rank that died or hangs, however long --hang-timeout is.
+_TIMEOUT_SECONDS = 7 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def sharing_work(sharing: Sharing, device: str) -> Iterator[Team]:
     """
     from locallearn.engine.team import Team
 
-    if sharing.parallel is None and "RANK" not in os.environ:
+    if sharing.parallel is None and num_started() == 1:
         for flag, value in (
             ("balance", sharing.balance),
             ("sync-batch-norm", sharing.sync_batch_norm or None),
@@ -74,7 +74,7 @@ def sharing_work(sharing: Sharing, device: str) -> Iterator[Team]:
         yield Team()
         return
     from locallearn.distributed.parallelism import Parallelism
-    from locallearn.distributed.processes import joined, num_started
+    from locallearn.distributed.processes import joined
     from locallearn.distributed.pulse import HANG_AFTER_SECONDS
     from locallearn.distributed.team import ProcessTeam
     from locallearn.engine import choose_device
@@ -99,9 +99,7 @@ def sharing_work(sharing: Sharing, device: str) -> Iterator[Team]:
             )
         chosen = choose_device(device)
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            raise Silent(str(error)) from error
-        raise
+        raise _said_once(error) from error
     hang_after = HANG_AFTER_SECONDS if sharing.hang_timeout is None else sharing.hang_timeout
     with joined(parallelism, chosen, _TIMEOUT_SECONDS, hang_after=hang_after) as processes:
         yield ProcessTeam(
@@ -110,6 +108,45 @@ def sharing_work(sharing: Sharing, device: str) -> Iterator[Team]:
             synchronize_batch_norm=sharing.sync_batch_norm,
             replay=sharing.replay,
         )
+
+
+def check_is_alone(command: str) -> None:
+    """For a command that trains in one process: several would all write the same directory.
+
+    Arguments:
+        command: its name.
+
+    Raises:
+        UserError: torchrun has started several; in the first of them.
+        Silent: likewise, in the others.
+    """
+    num = num_started()
+    if num > 1:
+        raise _said_once(
+            UserError(
+                f"torchrun has started {num} processes, and `locallearn {command}` runs in one. "
+                f"Start it without torchrun."
+            )
+        )
+
+
+def num_started() -> int:
+    """How many processes `torchrun` has started together; 1 where it did not start this one.
+
+    Raises:
+        UserError: WORLD_SIZE is no number.
+    """
+    if "RANK" not in os.environ:
+        return 1
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"the environment has WORLD_SIZE={text}, which is no number of processes.")
+    return int(text)
+
+
+def _said_once(error: UserError) -> UserError:
+    """What each process finds alone: the first says it."""
+    return error if os.environ.get("RANK", "0") == "0" else Silent(str(error))
 
 
 def _check_replay(size: int, parallelism: Parallelism) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from locallearn.cli.launching import check_is_alone
 from locallearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def reproduce(
     Markdown, CSV, LaTeX and JSON, whenever a run ends. A table that is shortened (fewer epochs,
     images or seeds) says so wherever it is written.
     """
+    check_is_alone("reproduce")
     import torch
 
     from locallearn.cli.signals import noting_signals

@@ -63,9 +63,9 @@ class Parallelism:
         found = cls(given.get("layers") or 1, given.get("data") or 1)
         if found.num_processes != num_processes:
             raise UserError(
-                f"--parallel {text} takes {known} processes{' or a multiple' if open_ones else ''}"
-                f", and {num_processes} {'was' if num_processes == 1 else 'were'} started. Start "
-                f"them with `torchrun --nproc-per-node {known} -m locallearn train ...`, or give "
-                f"other numbers."
+                f"--parallel {text} takes {known} process{'es' * (known != 1)}"
+                f"{' or a multiple' if open_ones else ''}, and {num_processes} "
+                f"{'was' if num_processes == 1 else 'were'} started. Start them with `torchrun "
+                f"--nproc-per-node {known} -m locallearn train ...`, or give other numbers."
             )
         return found

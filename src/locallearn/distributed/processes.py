@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from locallearn.distributed.agreement import meet
 from locallearn.distributed.parallelism import Parallelism
 from locallearn.distributed.pulse import DEAD_AFTER_SECONDS, HANG_AFTER_SECONDS, Pulse
+from locallearn.engine.config import choose_device
 from locallearn.engine.processes import expecting_others
 from locallearn.errors import Silent, UserError
 
@@ -28,11 +29,6 @@ STAGES, REPLICAS = "layers", "data"  # dimensions of the mesh
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 _START_SECONDS = 60.0  # for all to come
-
-
-def num_started() -> int:
-    """How many processes `torchrun` has started together; 1 where it did not start this one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def num_restarts() -> int:
@@ -52,6 +48,7 @@ class Processes:
         control: a gloo group of all of them, for what lies on the host, whatever the device.
         store: a key-value store that all of them reach.
         pulse: this process's signs of life, and its look at the others'.
+        hang_after: seconds that one may compute without a word.
         turns: numbers what is gathered over the store, which all do in the same order.
     """
 
@@ -62,6 +59,7 @@ class Processes:
     control: ProcessGroup
     store: Store
     pulse: Pulse
+    hang_after: float = HANG_AFTER_SECONDS
     turns: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -82,21 +80,32 @@ class Processes:
     def is_first_of_host(self) -> bool:
         return os.environ["LOCAL_RANK"] == "0"
 
-    def remedy(self, directory: Path) -> str:
+    def remedy(self, directory: Path, command: str) -> str:
         """What is to be done once a rank is lost, for the message.
 
         Arguments:
             directory: of the run.
+            command: that goes on with it.
         """
         if num_restarts() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
             return f"torchrun starts all again, from the last checkpoint in {directory}."
-        return f"Go on from the last checkpoint with `{self.resume_command(directory)}`."
+        return f"Go on from the last checkpoint with `{command}`."
 
-    def resume_command(self, directory: Path) -> str:
-        """What the user types to go on with a run, on as many processes of one host."""
+    def resume_command(self, directory: Path, flags: Sequence[str] = ()) -> str:
+        """What the user types to go on with a run, on as many processes of one host.
+
+        Arguments:
+            directory: of the run.
+            flags: more of them.
+        """
+        flags = [f"--parallel {self.parallelism}", *flags]
+        if self.device.type != choose_device("auto"):
+            flags.append(f"--device {self.device.type}")
+        if self.hang_after != HANG_AFTER_SECONDS:
+            flags.append(f"--hang-timeout {self.hang_after:g}")
         return (
             f"torchrun --nproc-per-node {self.num} -m locallearn train "
-            f"--parallel {self.parallelism} --resume {directory}"
+            f"{' '.join(flags)} --resume {directory}"
         )
 
     def rank_of(self, stage: int, replica: int) -> int:
@@ -144,11 +153,15 @@ def joined(
     backend = "gloo"
     if own.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
+            message = (
                 f"process {local_rank} of this host has no CUDA device of its own: there are "
                 f"{torch.cuda.device_count()}. Start as many processes as devices, or give "
                 f"--device cpu."
             )
+            # Each finds it alone; the first of them says it.
+            if local_rank > torch.cuda.device_count():
+                raise Silent(message)
+            raise UserError(message)
         own = torch.device("cuda", local_rank)
         torch.cuda.set_device(own)
         backend = "cpu:gloo,cuda:nccl"
@@ -166,16 +179,28 @@ def joined(
                 dist.init_process_group(
                     backend, store=store, rank=rank, world_size=num, timeout=timeout
                 )
-                shape = (parallelism.num_stages, parallelism.num_replicas)
-                mesh = init_device_mesh(own.type, shape, mesh_dim_names=(STAGES, REPLICAS))
+                mesh = _mesh(parallelism, own.type, timeout)
                 control = dist.new_group(backend="gloo", timeout=timeout)
             assert isinstance(control, ProcessGroup)
             run = PrefixStore("run", store)
             with expecting_others(), pulse.failing():  # before the groups are left, which may block
-                yield Processes(parallelism, rank, own, mesh, control, run, pulse)
+                yield Processes(
+                    parallelism, rank, own, mesh, control, run, pulse, hang_after=hang_after
+                )
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def _mesh(parallelism: Parallelism, device_type: str, timeout: timedelta) -> DeviceMesh:
+    """Stages by replicas. `init_device_mesh` gives its groups no limit but the backend's own."""
+    grid = torch.arange(parallelism.num_processes).view(-1, parallelism.num_replicas)
+    groups = []
+    for lines in (grid.T, grid):
+        group, _ = dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout)
+        assert isinstance(group, ProcessGroup)
+        groups.append(group)
+    return DeviceMesh.from_group(groups, device_type, grid, mesh_dim_names=(STAGES, REPLICAS))
 
 
 def _reach_others() -> tuple[Store, int, int]:

@@ -16,6 +16,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -29,7 +30,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
@@ -56,6 +56,16 @@ _ENDING_SECONDS = 1.0  # that the main thread has to begin to end by itself
 _LEAVING_SECONDS = 5.0  # and to end
 _LOAD_BEATS = 10  # that a load is the mean of
 _EXIT_CODE = 1
+
+# What gloo says of a connection that is lost; the first of it, where it fails to read or write. Its
+# "[enforce fail at ...]" is of wrong use, as of a tensor of another size than was sent.
+_GLOO_LOST = re.compile(
+    r"^\[(?!enforce fail)[^\]]*gloo/transport/[^\]]*:\d+\]"
+    r"|closed by peer|caused pair closure|connectFullMesh|Socket (closed|timeout)|Broken pipe"
+    r"|Connection (reset|refused|aborted|timed out)|No route to host|Network is unreachable"
+    r"|Timed out waiting|Operation timed out|Connect timeout",
+    re.IGNORECASE,
+)
 
 
 class LostRank(UserError):  # noqa: N818 - says what it is
@@ -225,14 +235,14 @@ class Pulse:
         """Within: the main thread waits for that rank, or for all (None), in an exchange.
 
         Raises:
-            LostRank: the exchange failed; names who is to blame.
+            LostRank: the connection was lost; names who is to blame.
             Silent: likewise, and another process says it.
         """
         with self._doing(WAITING, for_rank):
             try:
                 yield
-            except RuntimeError as error:  # gloo's and NCCL's own
-                if isinstance(error, torch.OutOfMemoryError):
+            except RuntimeError as error:
+                if not _is_lost_connection(error):
                     raise
                 raise self.blame(error) from error
 
@@ -421,9 +431,9 @@ class Pulse:
 
     def _kill_stopped(self) -> None:
         """End the ranks of this machine that are stopped. They hear no SIGTERM, and torchrun gives
-        them half a minute."""
+        them half a minute. One that a debugger holds ("t") is left to it."""
         for pid, born in self._neighbours.values():
-            if _born(pid) == born and _state(pid) in ("T", "t"):
+            if _born(pid) == born and _state(pid) == "T":
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -484,6 +494,12 @@ class Pulse:
         if says_it:
             _say(f"Error: {self._whole(verdict)}")
         os._exit(_EXIT_CODE)
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether it is the network's word, or a limit of time's: NCCL's and the store's have a class
+    of their own, gloo's are known by their text."""
+    return isinstance(error, dist.DistError) or _GLOO_LOST.search(str(error)) is not None
 
 
 def _first_line(error: BaseException) -> str:

@@ -119,10 +119,40 @@ class ProcessTeam(Team):
         agree(self._processes, facts | own)
 
     def describe(self) -> dict[str, Any]:
-        return {"parallel": str(self._processes.parallelism)}
+        described: dict[str, Any] = {"parallel": str(self._processes.parallelism)}
+        if self._synchronize_batch_norm:
+            described["sync_batch_norm"] = True
+        if self._replay is not None:
+            described["replay"] = self._replay
+        return described
+
+    def going_on(self, directory: Path, recorded: dict[str, Any]) -> list[str]:
+        parallelism = self._processes.parallelism
+        begun = f"{directory} was begun"
+        was_synchronized = recorded.get("sync_batch_norm", False)
+        if parallelism.num_replicas > 1 and was_synchronized != self._synchronize_batch_norm:
+            raise UserError(
+                f"{begun} with --sync-batch-norm. Give it again."
+                if was_synchronized
+                else f"{begun} without --sync-batch-norm. Leave it out."
+            )
+        size = recorded.get("replay")
+        has_stages_alone = parallelism.num_stages > 1 and parallelism.num_replicas == 1
+        if has_stages_alone and size != self._replay:
+            raise UserError(
+                f"{begun} without --replay. Leave it out."
+                if size is None
+                else f"{begun} with --replay {size}. Give that again."
+            )
+        return super().going_on(directory, recorded)
 
     def resume_command(self, directory: Path) -> str:
-        return self._processes.resume_command(directory)
+        flags = [] if self._balance is None else [f"--balance {self._balance}"]
+        if self._synchronize_batch_norm:
+            flags.append("--sync-batch-norm")
+        if self._replay is not None:
+            flags.append(f"--replay {self._replay}")
+        return self._processes.resume_command(directory, flags)
 
     def join(
         self,
@@ -189,7 +219,7 @@ class ProcessTeam(Team):
 
     @contextlib.contextmanager
     def working(self, directory: Path) -> Iterator[None]:
-        self._pulse.remedy = self._processes.remedy(directory)
+        self._pulse.remedy = self._processes.remedy(directory, self.resume_command(directory))
         with self._stage.alone(self._put):
             yield
 
@@ -228,8 +258,10 @@ class ProcessTeam(Team):
         last = beats[self._processes.rank_of(self._processes.parallelism.num_stages - 1, 0)]
         return last.loss or 0.0, last.accuracy or 0.0, tuple(beat.load for beat in beats)
 
-    def writing(self) -> contextlib.AbstractContextManager[None]:
-        return self._pulse.writing()
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        with self._pulse.busy("writing files"), self._pulse.writing():
+            yield
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         if not self._stage.is_first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,6 +61,35 @@ class Team:
     def describe(self) -> dict[str, Any]:
         """What the run's record says of how the work is spread; nothing of one process."""
         return {}
+
+    def going_on(self, directory: Path, recorded: dict[str, Any]) -> list[str]:
+        """Whether a run may go on in these processes.
+
+        Arguments:
+            directory: of the run.
+            recorded: the environment that it was begun in, with what :meth:`describe` said.
+
+        Returns:
+            What is otherwise from here on, a line each, for the user.
+
+        Raises:
+            UserError: what must be as it was, and is not.
+        """
+        own = self.describe()
+        notes = []
+        then, now = (_num_normalised_apart(each) for each in (recorded, own))
+        if then != now:
+            by = "whole batches" if now == 1 else f"each of {now} parts of a batch"
+            notes.append(
+                f"BatchNorm, where the network has any, normalises by {by} from here on; so far by "
+                f"{'whole batches' if then == 1 else f'each of {then} parts'}"
+            )
+        if recorded.get("replay") is not None and own.get("replay") is None:
+            notes.append(
+                f"the run was begun with --replay {recorded['replay']}; from here on nothing is "
+                f"trained on twice"
+            )
+        return notes
 
     def join(
         self,
@@ -174,3 +204,9 @@ class Team:
     def collect_weights(self) -> None:
         """Have the first process's learner hold the weights of the whole network, as they are in
         the learners' present mode."""
+
+
+def _num_normalised_apart(environment: dict[str, Any]) -> int:
+    """Into how many parts batches are cut that BatchNorm knows apart."""
+    replicas = re.search(r"data:(\d+)", environment.get("parallel", ""))
+    return 1 if replicas is None or environment.get("sync_batch_norm") else int(replicas[1])

@@ -319,6 +319,7 @@ class Trainer:
                     f"{directory} is of `locallearn finetune`, which trains in one process. Resume "
                     f"it without torchrun."
                 )
+            notes = team.going_on(directory, config.environment)
         dataset = team.load(
             lambda: load_data(
                 settings,
@@ -340,6 +341,8 @@ class Trainer:
         with team.together("building the network"):
             trainer = cls(config, replace(dataset, inputs=config.inputs), run, observer, team)
         trainer._join_team()
+        for note in notes:
+            observer.on_note(note)
         then, now = config.environment, _environment(settings)
         # Of those that were recorded then: an earlier version recorded fewer.
         versions = {name: now["packages"].get(name) for name in then["packages"]}
