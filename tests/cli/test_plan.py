@@ -56,7 +56,7 @@ def test_more_devices_than_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert shown_ways(shown) == ["layers:4,data:2"]
     assert "torchrun --nproc-per-node 8 -m locallearn train" in shown
-    assert "--parallel layers:4,data:2 --balance 1,1,1,1\n" in shown
+    assert " --num-threads 1 --parallel layers:4,data:2 --balance 1,1,1,1\n" in shown
     assert "layers alone can use at most 4 devices" in shown
     assert "data alone can use at most 2 devices" in shown
 
@@ -64,7 +64,11 @@ def test_more_devices_than_blocks(capsys: pytest.CaptureFixture[str]) -> None:
 def test_one_device(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, "--devices", "1"]) == 0
     shown = capsys.readouterr().out
-    assert "\ntrain so: locallearn train --model smallconv --rule lls-mxm\n" in shown
+    assert (
+        "\ntrain so, with a --dataset of 3x8x8 in 3 classes (--image-size 8, of one that has it): "
+        "locallearn train --model smallconv --rule lls-mxm --batch-size 4 --backend autograd"
+        in shown
+    )
     assert shown_ways(shown) == ["layers:1"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,8 @@ from locallearn.distributed import processes as of_processes
 from locallearn.distributed.parallelism import Parallelism
 from locallearn.distributed.processes import Processes
 from locallearn.distributed.team import ProcessTeam
+from locallearn.engine.results import StepResult
+from locallearn.engine.sums import EpochSums
 from locallearn.engine.team import Team
 from locallearn.errors import UserError
 
@@ -84,3 +87,23 @@ def test_the_command_repeats_what_no_record_has(monkeypatch: pytest.MonkeyPatch)
     assert team.resume_command(RUN) == f"{begin} data:2 {flags} --resume {RUN}"
     monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
     assert _processes(1, 2).remedy(RUN, "X") == "Go on from the last checkpoint with `X`."
+
+
+def test_after_a_resume_means_are_of_what_this_process_has_seen() -> None:
+    """Of the last stage, which tells them: 8 images were before, whose sums the first one has."""
+    before = {
+        "loss": torch.tensor([16.0, 8.0], dtype=torch.float64),
+        "correct": torch.tensor([2, 2]),
+        "num_images": 8,
+        "has_logits": True,
+    }
+    logits = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    result = StepResult(logits, torch.tensor(0.5), {"one": torch.tensor(1.5)}, {})
+    means = []
+    for rank in (0, 1):
+        team = ProcessTeam(replace(_processes(2, 1), rank=rank))
+        sums = EpochSums(["one"], torch.device("cpu"))
+        sums.load(team.own_part(before))
+        sums.add(result, torch.tensor([0, 1]))
+        means.append((sums.mean_loss(), sums.accuracy()[0]))
+    assert means == [([1.7, 1.1], 30.0), ([0.5, 1.5], 50.0)]

@@ -21,7 +21,7 @@ from locallearn.distributed.processes import joined
 from locallearn.distributed.replicas import Replica
 from locallearn.distributed.shards import ShardedLoader
 from locallearn.engine.batch_norm import SynchronizedNorms
-from locallearn.engine.evaluation import evaluate
+from locallearn.engine.evaluation import evaluate, tally
 from locallearn.models import BlockStyle
 
 CLASSES = 5
@@ -165,7 +165,7 @@ def _stops(replica: Replica) -> list[int | None]:
 def _evaluations(replica: Replica, learner: LocalLearner) -> tuple[Any, ...]:
     loader = digits(num=23, batch_size=5, shuffle=False)
     alone = evaluate(learner, loader, CLASSES)
-    ours = replica.evaluate(learner, loader, CLASSES)
+    ours = replica.evaluation(*tally(learner, replica.dealt(loader).epoch(), CLASSES))
     assert torch.equal(ours.confusion, alone.confusion)
     assert ours.accuracy == alone.accuracy
     return ours.loss, alone.loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -108,19 +109,20 @@ def plan(
         keep_freed_memory()
 
     console = Console(highlight=False)
+    settings: dict[str, Any] = {
+        "model": model,
+        "rule": rule,
+        "batch_size": batch_size,
+        "image_shape": (channels, image_size, image_size),
+        "num_classes": classes,
+        "precision": precision,
+        "device": place,
+        "backend": backend,
+        "num_threads": num_threads,
+    }
     with console.status("") as status:
         setup = _measured(
-            {
-                "model": model,
-                "rule": rule,
-                "batch_size": batch_size,
-                "image_shape": (channels, image_size, image_size),
-                "num_classes": classes,
-                "precision": precision,
-                "device": place,
-                "backend": backend,
-                "num_threads": num_threads,
-            },
+            settings,
             devices,
             _most_parts(devices, is_plotted=plot is not None),
             (bandwidth, latency),
@@ -142,7 +144,7 @@ def plan(
     )
     console.print(_table_of_ways(found, setup))
     console.print(_table_of_stages(found.local[0]))
-    print(_command(found.local[0], model, rule))
+    print(_command(found.local[0], settings))
     for line in (*_remarks(found, setup), *_assumptions(setup, beside, place)):
         print(line)
     if json is not None:
@@ -313,12 +315,34 @@ def _table_of_stages(best: Prediction) -> Table:
     return table
 
 
-def _command(best: Prediction, model: str, rule: str) -> str:
-    """How to train in that way."""
-    words = ["train so:"]
+def _command(best: Prediction, settings: dict[str, Any]) -> str:
+    """How to train in that way, as it was measured: what is no default of `locallearn train`'s is
+    written out. The data, of which only the shape is known here, is left to the user.
+
+    Arguments:
+        best: the way.
+        settings: of :class:`MeasuredSteps`.
+    """
+    from locallearn.engine import TrainConfig, choose_device
+    from locallearn.engine.config import flag
+
+    channels, height, width = settings["image_shape"]
+    words = [
+        f"train so, with a --dataset of {channels}x{height}x{width} in {settings['num_classes']} "
+        f"classes (--image-size {height}, of one that has it):"
+    ]
     if best.num_devices > 1:
         words.append(f"torchrun --nproc-per-node {best.num_devices} -m")
-    words.append(f"locallearn train --model {model} --rule {rule}")
+    words.append("locallearn train")
+    words += [f"--{name} {shlex.quote(settings[name])}" for name in ("model", "rule")]
+    usual = TrainConfig()
+    for name in ("batch_size", "precision", "backend"):
+        if settings[name] != getattr(usual, name):
+            words.append(f"{flag(name)} {settings[name]}")
+    if settings["device"] != choose_device("auto"):
+        words.append(f"--device {settings['device']}")
+    if settings["device"] == "cpu":
+        words.append(f"--num-threads {settings['num_threads']}")
     if best.num_devices > 1:
         words.append(f"--parallel {best.way}")
     if best.num_stages > 1:

@@ -312,7 +312,7 @@ def _train(
 ) -> int:
     from locallearn.engine import Interrupted, RunDirectory, TrainConfig, Trainer
 
-    with team.together("the check of the flags"):
+    with team.together("checking the flags"):
         if resume is not None and out is not None:
             raise UserError("--resume and --out exclude each other: a resumed run stays in place.")
         if out == "":
@@ -324,10 +324,13 @@ def _train(
             )
     observer = make_observer(quiet=quiet or not team.is_first)
     if resume is None and out is not None and is_restart():
-        resume = team.first(lambda: out if RunDirectory(Path(out)).config_path.exists() else None)
+        resume = team.first(
+            lambda: out if RunDirectory(Path(out)).config_path.exists() else None,
+            "looking for the run",
+        )
     if resume is not None:
         run = RunDirectory(Path(resume))
-        accuracy = team.first(lambda: _finished(run, given))
+        accuracy = team.first(lambda: _finished(run, given), "reading the run")
         if accuracy is not None:
             if team.is_first:
                 print(f"{resume} is finished: test accuracy {accuracy:.2f} %. Nothing to do.")
@@ -335,7 +338,9 @@ def _train(
         trainer = Trainer.resume(run.path, observer, given, team)
     else:
         config = TrainConfig(**given)
-        path = team.first(lambda: Path(out) if out is not None else _free_path(config))
+        path = team.first(
+            lambda: Path(out) if out is not None else _free_path(config), "choosing a directory"
+        )
         trainer = Trainer.start(config, path, observer, team=team)
 
     try:

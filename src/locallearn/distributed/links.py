@@ -92,13 +92,11 @@ class Outbox:
 
     Attributes:
         flag, batch: numbers that go along with what is put; the receiver finds them in its own.
-        num_bytes: sent so far.
     """
 
     def __init__(self, processes: Processes, receiver: int, waiting: Waiting) -> None:
         self.flag = 0
         self.batch = 0
-        self.num_bytes = 0
         self._control = processes.control
         self._receiver = receiver
         self._waiting = waiting
@@ -113,7 +111,6 @@ class Outbox:
             with self._waiting(self._receiver):
                 work = dist.isend(_values(tensor), self._receiver, tag=_VALUES_TAG)
             self._under_way.append((work, tensor))
-        self.num_bytes += tensor.nbytes
 
     def end(self) -> None:
         """Nothing more comes of this sequence."""

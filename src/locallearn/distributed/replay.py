@@ -45,7 +45,6 @@ class ReplayBuffer:
         self._has_ended = False
         self._error: BaseException | None = None
         self.num_taken = 0
-        self.num_repeated = 0
 
     def add(self, tensor: Tensor, batch: int) -> None:
         with self._changed:
@@ -73,7 +72,6 @@ class ReplayBuffer:
             if not self._held or (self._has_ended and self.num_taken):
                 return None
             chosen = min(reversed(self._held), key=lambda held: held.num_uses)
-            self.num_repeated += chosen.num_uses > 0
             self.num_taken += 1
             chosen.num_uses += 1
             return chosen.tensor, chosen.batch
@@ -125,7 +123,6 @@ class ReplayLoader(EpochLoader[Tensor]):
 
     Attributes:
         flag: a signal for which all are to stop now, or 0.
-        share_repeated: of the last epoch's inputs, how many were used before.
     """
 
     def __init__(
@@ -139,7 +136,6 @@ class ReplayLoader(EpochLoader[Tensor]):
     ) -> None:
         self.device = loader.device
         self.flag = 0
-        self.share_repeated = 0.0
         self._loader = loader
         self._inbox = inbox
         self._outbox = outbox
@@ -167,7 +163,6 @@ class ReplayLoader(EpochLoader[Tensor]):
                 self._outbox.batch = batch
             yield tensor, labels[batch]
         thread.join()
-        self.share_repeated = buffer.num_repeated / max(1, buffer.num_taken)
         self.flag = self._inbox.flag
         if self._outbox is not None:
             self._outbox.flag = self.flag

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from torch import Tensor
 from locallearn.data.loader import Chosen, EpochLoader
 from locallearn.distributed.processes import Processes
 from locallearn.distributed.shards import DealtLoader, ShardedLoader
-from locallearn.engine.evaluation import Evaluation, evaluation_of, tally
+from locallearn.engine.evaluation import Evaluation, evaluation_of
 from locallearn.engine.learner import LocalLearner
 
 Waiting = Callable[[], contextlib.AbstractContextManager[None]]
@@ -103,18 +102,6 @@ class Replica:
         with self._waiting():
             dist.all_reduce(total, group=self._group)
         return total
-
-    def evaluate(
-        self, infer: Callable[[Tensor], Tensor], loader: EpochLoader[Any], num_classes: int
-    ) -> Evaluation:
-        """As `engine.evaluation.evaluate`; each replica takes some of the batches.
-
-        Arguments:
-            infer: from images to logits, (N, K).
-            loader: of whole batches.
-            num_classes: K.
-        """
-        return self.evaluation(*tally(infer, self.dealt(loader).epoch(), num_classes))
 
     def evaluation(self, confusion: Tensor, loss: Tensor) -> Evaluation:
         """Of all replicas' tallies, from this one's; see `engine.evaluation.tally`."""

@@ -93,9 +93,9 @@ class ProcessTeam(Team):
     def together(self, what: str) -> contextlib.AbstractContextManager[None]:
         return together(self._processes, what)
 
-    def first(self, make: Callable[[], Made]) -> Made:
+    def first(self, make: Callable[[], Made], what: str) -> Made:
         made: list[Any] = [None]
-        with self.together("reading the run"):
+        with self.together(what):
             if self.is_first:
                 made[0] = make()
         with self._pulse.waiting(None):
@@ -185,7 +185,9 @@ class ProcessTeam(Team):
                     self._balance, len(spread.names), parallelism.num_stages
                 )
         if not self._sizes:
-            self._sizes = self.first(lambda: self._measured_sizes(spread, settings, twin, images))
+            self._sizes = self.first(
+                lambda: self._measured_sizes(spread, settings, twin, images), "measuring the blocks"
+            )
         with self.together("cutting the network into stages"):
             self._stage = spread.stage(self._processes.stage, self._sizes)
         place, replica = self._processes.stage, self._processes.replica

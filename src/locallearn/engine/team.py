@@ -25,7 +25,11 @@ State = dict[str, Any]
 class Team:
     """One process that trains the whole network by itself; `distributed` has those of several.
 
-    Everything here is called by all processes in the same order, but for :meth:`request_stop`.
+    All processes call the same methods in the same order, since they meet in them. Exceptions, in
+    which nobody is met: :meth:`request_stop`, at any moment; :meth:`progress` and :meth:`writing`,
+    which those call that show or write something; :meth:`describe`, :meth:`going_on` and
+    :meth:`resume_command`. And of stages that replay each has its own number of steps, and so of
+    :meth:`tell`, :meth:`step` and :meth:`stop`.
     """
 
     is_first = True
@@ -42,12 +46,17 @@ class Team:
         """Within: what one process raises is raised at all. No exchange may lie within.
 
         Arguments:
-            what: is being done, for those who wait in vain for another.
+            what: is being done ("checking the settings"), for those who wait in vain for another.
         """
         return contextlib.nullcontext()
 
-    def first(self, make: Callable[[], Made]) -> Made:
-        """What the first process makes, given to all; what it raises is raised at all."""
+    def first(self, make: Callable[[], Made], what: str) -> Made:
+        """What the first process makes, given to all; what it raises is raised at all.
+
+        Arguments:
+            make: called in the first process alone.
+            what: is being done, as in :meth:`together`.
+        """
         return make()
 
     def load(self, make: Callable[[], Made]) -> Made:

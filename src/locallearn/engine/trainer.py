@@ -232,7 +232,7 @@ class Trainer:
             OSError: as the file system says.
         """
         run, team = RunDirectory(out), team or Team()
-        with team.together("the check of the settings"):
+        with team.together("checking the settings"):
             if team.is_first:
                 run.check_free()
             settings = settings.resolve()
@@ -243,7 +243,7 @@ class Trainer:
             dataset = team.load(lambda: load_data(settings, listener=observer))
         else:
             dataset = finetuning.dataset
-        with team.together("the choice of a backend"):
+        with team.together("choosing a backend"):
             backend, reason = choose_run_backend(
                 settings, dataset, synchronize_batch_norm=team.synchronizes_batch_norm
             )
@@ -266,7 +266,7 @@ class Trainer:
             environment=_environment(settings) | team.describe(),
         )
         team.agree(_facts(config))
-        config = team.first(lambda: config)
+        config = team.first(lambda: config, "sharing the settings")
         with team.together("building the network"):
             trainer = cls(config, dataset, run, observer, team)
         trainer._join_team()
@@ -310,8 +310,8 @@ class Trainer:
                 model's file, or a checkpoint that can't be read.
         """
         run, team = RunDirectory(directory), team or Team()
-        config, checkpoint = team.first(lambda: _read_run(run, given or {}))
-        with team.together("the check of the settings"):
+        config, checkpoint = team.first(lambda: _read_run(run, given or {}), "reading the run")
+        with team.together("checking the settings"):
             settings = config.settings.resolve()
             check_model(settings)
             if settings.start_from is not None and not team.is_alone:
@@ -330,7 +330,7 @@ class Trainer:
                 listener=observer,
             )
         )
-        with team.together("the check of the data"):
+        with team.together("checking the data"):
             if dataset.fingerprint() != config.data["fingerprint"]:
                 raise UserError(
                     f"the data of {directory} has changed since it was started "
@@ -376,7 +376,8 @@ class Trainer:
         settings, dataset = self.settings, self._dataset
 
         def twin() -> LocalLearner:
-            with torch.random.fork_rng():
+            # Its default, all devices, opens a context on each.
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 return build_learner(
                     settings, dataset.inputs, dataset.num_classes, device=self.device
                 )
@@ -694,8 +695,8 @@ class Trainer:
         )
 
     def _what_is_kept(self) -> str:
-        if not self.run.checkpoint_path.exists():
-            return "No epoch was finished, so there is no checkpoint."
+        if not self.rows:  # a look at the disk would not tell: another process may write there
+            return "No epoch was finished, so there is no checkpoint of one."
         return f"The last good checkpoint (epoch {len(self.rows)}) is kept in {self.run.path}."
 
     def _save(self) -> None:
