@@ -25,7 +25,7 @@ from locallearn.engine.environment import describe_environment
 
 NUM_STEPS = 50
 # Images a step: the paper's 128 would take an hour on two cores.
-BATCHES = {"smallconv": 64, "vgg8": 16, "mobilenet-v1": 32}
+BATCHES = {"smallconv": 64, "vgg8": 8, "mobilenet-v1": 32}
 
 
 def main() -> int:
