@@ -8,23 +8,20 @@ from typing import Any
 
 from torch import Tensor
 
-from locallearn.data.loader import EpochLoader
+from locallearn.data.loader import Chosen, EpochLoader
 from locallearn.distributed.links import Inbox
 
 
-class ReceivingLoader(EpochLoader[Tensor]):
-    """What the stage before makes of a loader's batches, with their labels, which each process
-    knows by itself.
+class AroundLoader(EpochLoader[Chosen]):
+    """As many batches as another loader has, with its labels; what they hold is for subclasses.
 
     Arguments:
-        loader: of the batches that go into the first stage.
-        inbox: from the stage before.
+        loader: the other.
     """
 
-    def __init__(self, loader: EpochLoader[Any], inbox: Inbox) -> None:
+    def __init__(self, loader: EpochLoader[Any]) -> None:
         self.device = loader.device
         self._loader = loader
-        self._inbox = inbox
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -35,6 +32,20 @@ class ReceivingLoader(EpochLoader[Tensor]):
 
     def batch_labels(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
         return self._loader.batch_labels(epoch, start)
+
+
+class ReceivingLoader(AroundLoader[Tensor]):
+    """What the stage before makes of a loader's batches, with their labels, which each process
+    knows by itself.
+
+    Arguments:
+        loader: of the batches that go into the first stage.
+        inbox: from the stage before.
+    """
+
+    def __init__(self, loader: EpochLoader[Any], inbox: Inbox) -> None:
+        super().__init__(loader)
+        self._inbox = inbox
 
     def crops(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         labels = list(self.batch_labels(epoch, start))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from locallearn.data.loader import EpochLoader
 from locallearn.distributed.links import Inbox, Outbox, Waiting
+from locallearn.distributed.receiving import AroundLoader
 
 
 @dataclass
@@ -77,7 +78,7 @@ class ReplayBuffer:
             return chosen.tensor, chosen.batch
 
 
-class ReplaySource(EpochLoader[Any]):
+class ReplaySource(AroundLoader[Any]):
     """A loader of the first stage, that says which batch it is at.
 
     Arguments:
@@ -86,19 +87,8 @@ class ReplaySource(EpochLoader[Any]):
     """
 
     def __init__(self, loader: EpochLoader[Any], outbox: Outbox) -> None:
-        self.device = loader.device
-        self._loader = loader
+        super().__init__(loader)
         self._outbox = outbox
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    @property
-    def num_images(self) -> int:
-        return self._loader.num_images
-
-    def batch_labels(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
-        return self._loader.batch_labels(epoch, start)
 
     def crops(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Any, Tensor]]:
         for batch, (crops, labels) in enumerate(self._loader.crops(epoch, start), start=start):
@@ -111,7 +101,7 @@ class ReplaySource(EpochLoader[Any]):
         return self._loader.images(crops)
 
 
-class ReplayLoader(EpochLoader[Tensor]):
+class ReplayLoader(AroundLoader[Tensor]):
     """The inputs of a later stage, as many as it has the time for.
 
     Arguments:
@@ -134,23 +124,12 @@ class ReplayLoader(EpochLoader[Tensor]):
         size: int,
         waiting: Waiting,
     ) -> None:
-        self.device = loader.device
+        super().__init__(loader)
         self.flag = 0
-        self._loader = loader
         self._inbox = inbox
         self._outbox = outbox
         self._size = size
         self._waiting = waiting
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    @property
-    def num_images(self) -> int:
-        return self._loader.num_images
-
-    def batch_labels(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
-        return self._loader.batch_labels(epoch, start)
 
     def crops(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         labels = list(self.batch_labels(epoch))
