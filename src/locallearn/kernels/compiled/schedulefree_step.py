@@ -9,7 +9,7 @@ from torch import Tensor
 
 from locallearn.kernels.compiled.compilation import specialized
 from locallearn.kernels.interface import ScheduleFreeState
-from locallearn.kernels.reference.schedulefree_step import step_values
+from locallearn.kernels.reference.schedulefree_step import schedulefree_step as reference
 
 _LARGE = 2**15  # values
 
@@ -28,9 +28,11 @@ def _schedulefree_step(
     weight_lr_power: float,
     averages_by_bias_correction: bool,
 ) -> None:
-    # Not in slices, as the reference does it: what is compiled holds nothing in between.
-    step_values(
-        zip(parameters, gradients, z, exp_avg_sq, strict=True),
+    reference(
+        parameters,
+        gradients,
+        z,
+        exp_avg_sq,
         state,
         betas=betas,
         eps=eps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ SLICE_VALUES = 2**18
 
 
 def _slices(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """The same rows of each of several tensors of one shape."""
+    """The same rows of each of several tensors of one shape; all of them while it is compiled: what
+    is compiled holds nothing in between, and the number of slices would be fixed."""
     first = tensors[0]
-    if first.numel() <= SLICE_VALUES or first.ndim == 0:
+    if torch.compiler.is_compiling() or first.numel() <= SLICE_VALUES or first.ndim == 0:
         yield tensors
         return
     rows = max(1, SLICE_VALUES * len(first) // first.numel())
@@ -52,43 +53,6 @@ def advance(
     return c, lr, lr * (beta1 * (1 - c) - 1), bias2
 
 
-def step_values(
-    tensors: Iterable[Sequence[Tensor]],
-    state: ScheduleFreeState,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    warmup_steps: int,
-    r: float,
-    weight_lr_power: float,
-    averages_by_bias_correction: bool,
-) -> None:
-    """The step of these values, and no other.
-
-    Arguments:
-        tensors: parameter, gradient, z and squared average, each time of one shape.
-        state, and all others: see `kernels.interface`.
-    """
-    beta1, beta2 = betas
-    c, lr, y_rate, bias2 = advance(
-        state,
-        beta1=beta1,
-        beta2=beta2,
-        warmup_steps=warmup_steps,
-        r=r,
-        weight_lr_power=weight_lr_power,
-        averages_by_bias_correction=averages_by_bias_correction,
-    )
-    for y, gradient, z, v in tensors:
-        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        direction = gradient / (v / bias2.to(v.dtype)).sqrt_().add_(eps)
-        if weight_decay:
-            direction.add_(y, alpha=weight_decay)
-        y.lerp_(z, c.to(y.dtype)).add_(direction * y_rate.to(y.dtype))
-        z.sub_(direction * lr.to(y.dtype))
-
-
 @torch.no_grad()
 def schedulefree_step(
     parameters: Sequence[Tensor],
@@ -105,15 +69,21 @@ def schedulefree_step(
     weight_lr_power: float = 2.0,
     averages_by_bias_correction: bool = False,
 ) -> None:
-    whole = zip(parameters, gradients, z, exp_avg_sq, strict=True)
-    step_values(
-        itertools.chain.from_iterable(map(_slices, whole)),
+    beta1, beta2 = betas
+    c, lr, y_rate, bias2 = advance(
         state,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
+        beta1=beta1,
+        beta2=beta2,
         warmup_steps=warmup_steps,
         r=r,
         weight_lr_power=weight_lr_power,
         averages_by_bias_correction=averages_by_bias_correction,
     )
+    whole = zip(parameters, gradients, z, exp_avg_sq, strict=True)
+    for y, gradient, z_i, v in itertools.chain.from_iterable(map(_slices, whole)):
+        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        direction = gradient / (v / bias2.to(v.dtype)).sqrt_().add_(eps)
+        if weight_decay:
+            direction.add_(y, alpha=weight_decay)
+        y.lerp_(z_i, c.to(y.dtype)).add_(direction * y_rate.to(y.dtype))
+        z_i.sub_(direction * lr.to(y.dtype))
