@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from locallearn.kernels.storage_order import in_storage_order, storage_order
+
 
 class Pending(Protocol):
     """A sum that is being made."""
@@ -147,7 +149,7 @@ def _begin(optimizer: Optimizer, reduction: GradientReduction, num_images: int) 
     else:
         marks = torch.tensor([*has_grad, True], dtype=dtype, device=device)
     parts = [
-        _flattened(torch.zeros_like(p) if p.grad is None else p.grad, p).to(dtype)
+        in_storage_order(torch.zeros_like(p) if p.grad is None else p.grad, p).to(dtype)
         for p in parameters
     ]
     bucket = torch.cat([*parts, marks])
@@ -161,18 +163,9 @@ def _begin(optimizer: Optimizer, reduction: GradientReduction, num_images: int) 
     return _Begun(optimizer, parameters, has_grad, bucket, reduction.begin(bucket))
 
 
-def _storage_order(tensor: Tensor) -> list[int]:
-    return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-
-
-def _flattened(tensor: Tensor, like: Tensor) -> Tensor:
-    """1-d, in the order in which ``like`` lies in memory; no copy where ``tensor`` lies so too."""
-    return tensor.permute(_storage_order(like)).reshape(-1)
-
-
 def _unflattened(part: Tensor, like: Tensor) -> Tensor:
-    """The inverse: a view that lies as ``like`` does."""
-    order = _storage_order(like)
+    """The inverse of `in_storage_order`: a view that lies as ``like`` does."""
+    order = storage_order(like)
     assert part.numel() == math.prod(like.shape)
     back = sorted(range(like.ndim), key=order.__getitem__)
     return part.view([like.shape[axis] for axis in order]).permute(back)

@@ -10,6 +10,7 @@ from torch import Tensor
 from locallearn.kernels.compiled.compilation import specialized
 from locallearn.kernels.interface import ScheduleFreeState
 from locallearn.kernels.reference.schedulefree_step import schedulefree_step as reference
+from locallearn.kernels.storage_order import in_storage_order
 
 _LARGE = 2**15  # values
 
@@ -42,12 +43,6 @@ def _schedulefree_step(
         weight_lr_power=weight_lr_power,
         averages_by_bias_correction=averages_by_bias_correction,
     )
-
-
-def in_storage_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """1-d, in the order in which ``like`` lies in memory; a view where ``tensor`` lies so too."""
-    order = sorted(range(like.ndim), key=like.stride, reverse=True)
-    return tensor.permute(order).reshape(-1)
 
 
 @torch.no_grad()
