@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from locallearn.errors import UserError
+from locallearn.kernels.device_layout import ceil_div, check_image_dtype, power_of_two
 from locallearn.kernels.interface import Crops
-from locallearn.kernels.triton.common import DTYPES, OPTIONS, ceil_div, power_of_two, tile_for
+from locallearn.kernels.triton.common import OPTIONS, tile_for
 
 
 def augment(
@@ -25,11 +25,7 @@ def augment(
     size: tuple[int, int],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    if dtype not in DTYPES:
-        raise UserError(
-            f"the triton backend makes float32, bfloat16 or float16 images, got "
-            f"{str(dtype).removeprefix('torch.')}. Use the compiled or reference backend."
-        )
+    check_image_dtype("triton", dtype)
     batch_size, num_channels = len(crops.top), crops.pixels.shape[1]
     height, width = size
     shape = (batch_size, num_channels, height, width)

@@ -14,16 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from locallearn.kernels.device_layout import ceil_div, check_dtypes, power_of_two
 from locallearn.kernels.interface import ChannelStats, NormGradient
 from locallearn.kernels.triton.common import (
     OPTIONS,
-    ceil_div,
     cell_range,
-    check_dtypes,
     chunks_for,
     load_channels,
     normalize,
-    power_of_two,
     row_offsets,
     row_views,
     tile_for,
@@ -44,7 +42,7 @@ def block_backward(
     *,
     negative_slope: float,
 ) -> Tensor:
-    check_dtypes(z)
+    check_dtypes("triton", z)
     of_z, of_grad = view(z), view(grad_latents)
     height, width, cells = of_z.height, of_z.width, of_grad.height
     overlaps = (most_cells_of_a_position(height, cells), most_cells_of_a_position(width, cells))
@@ -200,7 +198,7 @@ def norm_backward(
     *,
     negative_slope: float,
 ) -> NormGradient:
-    check_dtypes(z, grad_output)
+    check_dtypes("triton", z, grad_output)
     of_z, of_grad = row_views(z, grad_output)
     num_rows, num_channels = of_z.num_rows, of_z.num_channels
     per_channel = [t.contiguous() for t in (*stats, gamma, beta)]

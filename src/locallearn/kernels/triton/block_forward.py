@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from locallearn.kernels.device_layout import ceil_div, check_dtypes
 from locallearn.kernels.interface import BlockForward, ChannelStats, Moments
 from locallearn.kernels.triton.common import (
     OPTIONS,
-    ceil_div,
     cell_range,
-    check_dtypes,
     load_channels,
     memory_format,
     normalize,
@@ -37,7 +36,7 @@ def block_forward(
     latent_size: int | None,
     max_pool: int = 1,
 ) -> BlockForward:
-    check_dtypes(z)
+    check_dtypes("triton", z)
     height, width = view(z)[2:4]
     out_height, out_width = height // max_pool, width // max_pool
     shape = [*z.shape[:2], out_height, out_width][: z.ndim]

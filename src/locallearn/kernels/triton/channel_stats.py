@@ -14,16 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from locallearn.kernels.device_layout import ceil_div, check_dtypes, power_of_two
 from locallearn.kernels.interface import ChannelStats
-from locallearn.kernels.triton.common import (
-    OPTIONS,
-    ceil_div,
-    check_dtypes,
-    chunks_for,
-    power_of_two,
-    row_offsets,
-    row_views,
-)
+from locallearn.kernels.triton.common import OPTIONS, chunks_for, row_offsets, row_views
 
 _FINISH_CHANNELS = 8
 
@@ -36,7 +29,7 @@ def channel_stats(
     eps: float,
     momentum: float = 0.1,
 ) -> ChannelStats:
-    check_dtypes(z)
+    check_dtypes("triton", z)
     (of_z,) = row_views(z)
     num_rows, num_channels = of_z.num_rows, of_z.num_channels
     tile, rows_per_chunk, num_chunks = chunks_for(num_rows, num_channels)

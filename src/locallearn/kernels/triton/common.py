@@ -15,9 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from locallearn.errors import UserError
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from locallearn.kernels.device_layout import ceil_div, power_of_two
 
 # Of every launch. Multiply-adds are fused up to Triton 3.9, which warns that 3.10 will not.
 OPTIONS = {"enable_fp_fusion": True}
@@ -98,16 +96,6 @@ def _row_stride(v: View) -> int:
     return v.stride_n if v.height == v.width == 1 else v.stride_w
 
 
-def check_dtypes(*tensors: Tensor) -> None:
-    """Raises UserError for a dtype that the kernels don't take."""
-    for t in tensors:
-        if t.dtype not in DTYPES:
-            raise UserError(
-                f"the triton backend takes float32, bfloat16 or float16, got "
-                f"{str(t.dtype).removeprefix('torch.')}. Use the compiled or reference backend."
-            )
-
-
 def memory_format(t: Tensor) -> torch.memory_format:
     """That of a new tensor beside t: channels-last unless t is plainly contiguous."""
     if t.ndim != 4 or (t.is_contiguous() and not is_channels_last(t)):
@@ -117,15 +105,6 @@ def memory_format(t: Tensor) -> torch.memory_format:
 
 def is_channels_last(t: Tensor) -> bool:
     return t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest that is not below n."""
-    return 1 << (n - 1).bit_length()
 
 
 def tile_for(

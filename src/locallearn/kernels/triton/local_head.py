@@ -19,18 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from locallearn.kernels.device_layout import ceil_div, check_dtypes, power_of_two
 from locallearn.kernels.interface import HeadResult, Moments, PeriodicBasis
 from locallearn.kernels.reference.local_head import match_similarity, moment_latents
 from locallearn.kernels.triton.basis import basis_tile, load_phases
-from locallearn.kernels.triton.common import (
-    OPTIONS,
-    ceil_div,
-    cell_range,
-    check_dtypes,
-    power_of_two,
-    row_offsets,
-    view,
-)
+from locallearn.kernels.triton.common import OPTIONS, cell_range, row_offsets, view
 
 # Below this norm a latent is treated as zero (F.normalize's own epsilon).
 _NORM_EPS = tl.constexpr(1e-12)
@@ -79,7 +72,7 @@ def local_head(
     similarity: float = 0.0,
     needs_grad_projection: bool = False,
 ) -> HeadResult:
-    check_dtypes(*moments)
+    check_dtypes("triton", *moments)
     if moments.s0.stride() != moments.s1.stride():
         moments = Moments(*(t.contiguous() for t in moments))
     gamma, beta, labels = gamma.contiguous(), beta.contiguous(), labels.contiguous()

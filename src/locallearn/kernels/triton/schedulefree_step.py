@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from locallearn.errors import UserError
+from locallearn.kernels.device_layout import ceil_div, check_parameter
 from locallearn.kernels.interface import ScheduleFreeState
-from locallearn.kernels.triton.common import OPTIONS, ceil_div
+from locallearn.kernels.storage_order import is_laid_out_like
+from locallearn.kernels.triton.common import OPTIONS
 
 BLOCK = 1024
 _COLUMNS = tl.constexpr(5)  # addresses in y, g, z and v; elements left
@@ -103,12 +104,8 @@ def schedulefree_step(
 ) -> None:
     quadruples = []
     for y, gradient, z_i, v in zip(parameters, gradients, z, exp_avg_sq, strict=True):
-        if y.dtype != torch.float32:
-            raise UserError(
-                f"the triton backend steps float32 parameters, got "
-                f"{str(y.dtype).removeprefix('torch.')}. Use the compiled or reference backend."
-            )
-        if not (_is_laid_out_like(gradient, y) and gradient.dtype == y.dtype):
+        check_parameter("triton", y)
+        if not (is_laid_out_like(gradient, y) and gradient.dtype == y.dtype):
             gradient = torch.empty_like(y).copy_(gradient)
         if y.numel():
             quadruples.append((y, gradient, z_i, v))
@@ -140,12 +137,6 @@ def schedulefree_step(
             num_warps=8,
             **OPTIONS,
         )
-
-
-def _is_laid_out_like(a: Tensor, b: Tensor) -> bool:
-    return a.stride() == b.stride() or all(
-        size == 1 or i == j for size, i, j in zip(b.shape, a.stride(), b.stride(), strict=True)
-    )
 
 
 @triton.jit

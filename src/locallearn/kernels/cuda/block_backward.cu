@@ -1,0 +1,94 @@
+// `block_backward`; see `kernels.interface`. Also defined: OVERLAP, whether cells may overlap.
+//
+// A block takes the part of one cell of one image that no later cell holds, and overwrites it.
+
+#include "common.cuh"
+
+// Of several positions, all are loaded before the first is overwritten, so that they are under way
+// together: the compiler can't know that they are others.
+constexpr int kBatch = 4;
+
+// The sum, over the cells that hold a position, of gradient / size.
+__device__ inline Values unpooled(const float* grad_image, int y, int x, int height, int width,
+                                  int num_channels, int cells_h, int cells_w) {
+  Values sum = {};
+  const Span holding_y = cells_that_hold(y, height, cells_h);
+  const Span holding_x = cells_that_hold(x, width, cells_w);
+  for (int i = holding_y.begin; i < holding_y.end; ++i) {
+    for (int k = holding_x.begin; k < holding_x.end; ++k) {
+      const float size = cell_of(i, height, cells_h).size() * cell_of(k, width, cells_w).size();
+      const Values grad = load(grad_image + (i * cells_w + k) * num_channels);
+#pragma unroll
+      for (int j = 0; j < VECTOR; ++j) sum.of[j] += grad.of[j] / size;
+    }
+  }
+  return sum;
+}
+
+extern "C" __global__ void __launch_bounds__(kMaxThreads) block_backward(
+    Element* z,                                   // (N, H, W, C); becomes dL/dz
+    const float* __restrict__ grad_latents,  // G, (N, cells_h, cells_w, C)
+    const float* __restrict__ mean,          // (C,), and the next five
+    const float* __restrict__ inv_std,
+    const float* __restrict__ gamma,
+    const float* __restrict__ beta,
+    const float* __restrict__ grad_gamma,
+    const float* __restrict__ grad_beta,
+    float negative_slope, float inverse_n, int height, int width, int num_channels, int cells_h,
+    int cells_w) {
+  const int channel = first_channel();
+  if (channel >= num_channels) return;
+  const int cell_x = blockIdx.x % cells_w;
+  const int cell_y = blockIdx.x / cells_w % cells_h;
+  const long long image = blockIdx.x / (cells_w * cells_h);
+  const Span rows = own_part_of(cell_y, height, cells_h);
+  const Span columns = own_part_of(cell_x, width, cells_w);
+  const int num_positions = rows.size() * columns.size();
+
+  const Normalization norm = {load(mean + channel), load(inv_std + channel), load(gamma + channel),
+                              load(beta + channel), negative_slope};
+  // dL/dz = rate d up(G) - (offset + drift xh)
+  Values rate, offset = load(grad_beta + channel), drift = load(grad_gamma + channel);
+#pragma unroll
+  for (int j = 0; j < VECTOR; ++j) {
+    rate.of[j] = norm.gamma.of[j] * norm.inv_std.of[j];
+    offset.of[j] *= rate.of[j] * inverse_n;
+    drift.of[j] *= rate.of[j] * inverse_n;
+  }
+  const float* grad_image =
+      grad_latents + image * cells_h * cells_w * num_channels + channel;
+  Values grad_h;
+  if (!OVERLAP) {
+    grad_h = load(grad_image + (cell_y * cells_w + cell_x) * num_channels);
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) grad_h.of[j] /= num_positions;
+  }
+
+  Element* z_image = z + image * height * width * num_channels + channel;
+  for (int first = threadIdx.y; first < num_positions; first += kBatch * blockDim.y) {
+    Values batch[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = first + b * blockDim.y;
+      const int y = rows.begin + i / columns.size(), x = columns.begin + i % columns.size();
+      if (i < num_positions) batch[b] = load(z_image + (y * width + x) * num_channels);
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = first + b * blockDim.y;
+      const int y = rows.begin + i / columns.size(), x = columns.begin + i % columns.size();
+      if (i >= num_positions) break;
+      if (OVERLAP) {
+        grad_h = unpooled(grad_image, y, x, height, width, num_channels, cells_h, cells_w);
+      }
+#pragma unroll
+      for (int j = 0; j < VECTOR; ++j) {
+        const float xh = norm.normalized(batch[b].of[j], j);
+        const float d = norm.slope(norm.before_activation(xh, j));
+        batch[b].of[j] =
+            rate.of[j] * d * grad_h.of[j] - fmaf(drift.of[j], xh, offset.of[j]);
+      }
+      store(z_image + (y * width + x) * num_channels, batch[b]);
+    }
+  }
+}

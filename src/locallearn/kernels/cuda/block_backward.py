@@ -1,0 +1,62 @@
+"""`block_backward`; see `kernels.interface`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from locallearn.kernels.cuda.common import (
+    NAMES,
+    channels_last,
+    per_channel,
+    sizes,
+    slots_for,
+    threads_for,
+    vector_of,
+)
+from locallearn.kernels.cuda.compilation import program
+from locallearn.kernels.cuda.launching import launch
+from locallearn.kernels.device_layout import ceil_div, check_dtypes
+from locallearn.kernels.interface import ChannelStats
+
+_BATCH = 4  # kBatch
+
+
+@torch.no_grad()
+def block_backward(
+    z: Tensor,
+    grad_latents: Tensor,
+    stats: ChannelStats,
+    gamma: Tensor,
+    beta: Tensor,
+    grad_gamma: Tensor,
+    grad_beta: Tensor,
+    *,
+    negative_slope: float,
+) -> Tensor:
+    check_dtypes("cuda", z, grad_latents)
+    grad_z = channels_last(z)
+    grad = channels_last(grad_latents.to(torch.float32))
+    n, c, height, width = sizes(z)
+    cells = sizes(grad)[2:]
+    overlaps = height % cells[0] > 0 or width % cells[1] > 0
+    constants = per_channel(*stats, gamma, beta, grad_gamma, grad_beta)
+    vector = vector_of(c, grad_z, grad, *constants)
+    positions = ceil_div(height, cells[0]) * ceil_div(width, cells[1])
+    threads = threads_for(c, vector, slots_for(positions, _BATCH))
+    launch(
+        program("block_backward.cu", ELEMENT=NAMES[z.dtype], VECTOR=vector, OVERLAP=int(overlaps)),
+        "block_backward",
+        (n * cells[0] * cells[1], threads.num_blocks),
+        threads.block,
+        grad_z,
+        grad,
+        *constants,
+        float(negative_slope),
+        1 / sizes(z).num_rows if z.numel() else 0.0,
+        height,
+        width,
+        c,
+        *cells,
+    )
+    return z if grad_z is z else z.copy_(grad_z)

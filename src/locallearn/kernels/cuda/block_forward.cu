@@ -1,0 +1,91 @@
+// `block_forward`; see `kernels.interface`. Also defined: MAX_POOL, the max-pool's window and stride.
+//
+// A block takes the windows that touch one cell of one image: it adds up the cell's positions, and
+// writes the windows that begin in the part of the cell which no later cell holds. So z is read
+// once, but for what cells and windows share, and each result has one writer and no atomics.
+
+#include "common.cuh"
+
+extern "C" __global__ void __launch_bounds__(kMaxThreads) block_forward(
+    const Element* __restrict__ z,     // (N, H, W, C)
+    Element* __restrict__ output,      // (N, H / MAX_POOL, W / MAX_POOL, C)
+    float* __restrict__ s0,      // (N, cells_h, cells_w, C), or null: the output only
+    float* __restrict__ s1,
+    const float* __restrict__ mean,  // (C,), and the next three
+    const float* __restrict__ inv_std,
+    const float* __restrict__ gamma,
+    const float* __restrict__ beta,
+    float negative_slope, int height, int width, int num_channels, int cells_h, int cells_w) {
+  const int cell_x = blockIdx.x % cells_w;
+  const int cell_y = blockIdx.x / cells_w % cells_h;
+  const long long image = blockIdx.x / (cells_w * cells_h);
+  const Span rows = cell_of(cell_y, height, cells_h), columns = cell_of(cell_x, width, cells_w);
+  const Span own_rows = own_part_of(cell_y, height, cells_h);
+  const Span own_columns = own_part_of(cell_x, width, cells_w);
+  const int channel = first_channel();
+
+  float sums[2 * VECTOR] = {};  // of d, and of d xh
+  if (channel < num_channels) {
+    const Normalization norm = {load(mean + channel), load(inv_std + channel),
+                                load(gamma + channel), load(beta + channel), negative_slope};
+    const int out_height = height / MAX_POOL, out_width = width / MAX_POOL;
+    const Element* z_image = z + image * height * width * num_channels + channel;
+    Element* output_image = output + image * out_height * out_width * num_channels + channel;
+
+    const Span windows_y = {rows.begin / MAX_POOL, ceil_div(rows.end, MAX_POOL)};
+    const Span windows_x = {columns.begin / MAX_POOL, ceil_div(columns.end, MAX_POOL)};
+    const int num_windows = windows_y.size() * windows_x.size();
+#pragma unroll(MAX_POOL == 1 ? 4 : 1)
+    for (int i = threadIdx.y; i < num_windows; i += blockDim.y) {
+      const int window_y = windows_y.begin + i / windows_x.size();
+      const int window_x = windows_x.begin + i % windows_x.size();
+      Values highest;
+#pragma unroll(MAX_POOL <= 2 ? MAX_POOL : 1)
+      for (int dy = 0; dy < MAX_POOL; ++dy) {
+        const int y = window_y * MAX_POOL + dy;
+        Values line[MAX_POOL];  // a window may stick out of the image: it is then no output
+#pragma unroll
+        for (int dx = 0; dx < MAX_POOL; ++dx) {
+          const int x = min(window_x * MAX_POOL + dx, width - 1);
+          line[dx] = load(z_image + (min(y, height - 1) * width + x) * num_channels);
+        }
+#pragma unroll
+        for (int dx = 0; dx < MAX_POOL; ++dx) {
+          const bool is_in_cell = rows.holds(y) && columns.holds(window_x * MAX_POOL + dx);
+#pragma unroll
+          for (int j = 0; j < VECTOR; ++j) {
+            const float xh = norm.normalized(line[dx].of[j], j);
+            const float v = norm.before_activation(xh, j);
+            const float d = norm.slope(v);
+            sums[j] += is_in_cell ? d : 0.0f;
+            sums[VECTOR + j] += is_in_cell ? d * xh : 0.0f;
+            const float h = v * d;
+            const bool is_first = dy == 0 && dx == 0;
+            // A NaN is the highest, and stays it.
+            if (is_first || h > highest.of[j] || h != h) highest.of[j] = h;
+          }
+        }
+      }
+      const bool is_own = own_rows.holds(window_y * MAX_POOL) &&
+                          own_columns.holds(window_x * MAX_POOL);
+      if (is_own && window_y < out_height && window_x < out_width) {
+        store(output_image + (window_y * out_width + window_x) * num_channels, highest);
+      }
+    }
+  }
+
+  if (s0 == nullptr) return;
+  sum_over_slots(sums);
+  if (threadIdx.y == 0 && channel < num_channels) {
+    const float size = rows.size() * columns.size();
+    Values mean_d, mean_d_xh;
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) {
+      mean_d.of[j] = sums[j] / size;
+      mean_d_xh.of[j] = sums[VECTOR + j] / size;
+    }
+    const long long place = static_cast<long long>(blockIdx.x) * num_channels + channel;
+    store(s0 + place, mean_d);
+    store(s1 + place, mean_d_xh);
+  }
+}

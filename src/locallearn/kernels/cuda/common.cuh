@@ -1,0 +1,142 @@
+// What the kernels share. A launch defines ELEMENT, float, bfloat16 or float16, and VECTOR,
+// how many of them a thread takes at a time: 16 bytes, or less where the number of channels is no
+// multiple of that.
+//
+// Shapes: N images, C channels, H W height and width, in channels-last memory, (N, H, W, C). A row
+// is one position of one image, with all its channels.
+//
+// A block is a rectangle of threads. x goes along the channels, VECTOR at a time, so that
+// neighbours access neighbouring bytes. Each y is a slot, and slots share the positions out; where
+// a row is narrower than a warp, a warp takes several slots, which are neighbours in memory too.
+#pragma once
+
+#include "half.cuh"
+
+using Element = ELEMENT;
+
+constexpr int kMaxThreads = 256;
+constexpr int kWarp = 32;
+constexpr unsigned int kAllLanes = 0xffffffffu;
+
+template <typename Type, int kCount>
+struct alignas(sizeof(Type) * kCount) Packed {
+  Type values[kCount];
+};
+
+// VECTOR elements, as they are computed with.
+struct Values {
+  float of[VECTOR];
+};
+
+// How many elements an access takes: float32 beside a 16-bit type takes two of 16 bytes.
+template <typename Type>
+constexpr int kAccess = VECTOR * sizeof(Type) > 16 ? 16 / sizeof(Type) : VECTOR;
+
+template <typename Type>
+__device__ inline Values load(const Type* place) {
+  Values loaded;
+#pragma unroll
+  for (int i = 0; i < VECTOR; i += kAccess<Type>) {
+    const auto packed = *reinterpret_cast<const Packed<Type, kAccess<Type>>*>(place + i);
+#pragma unroll
+    for (int j = 0; j < kAccess<Type>; ++j) loaded.of[i + j] = to_float(packed.values[j]);
+  }
+  return loaded;
+}
+
+template <typename Type>
+__device__ inline void store(Type* place, const Values& stored) {
+#pragma unroll
+  for (int i = 0; i < VECTOR; i += kAccess<Type>) {
+    Packed<Type, kAccess<Type>> packed;
+#pragma unroll
+    for (int j = 0; j < kAccess<Type>; ++j) from_float(stored.of[i + j], packed.values[j]);
+    *reinterpret_cast<Packed<Type, kAccess<Type>>*>(place + i) = packed;
+  }
+}
+
+// The first of this thread's channels.
+__device__ inline int first_channel() {
+  return (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
+}
+
+__device__ inline int thread_index() { return threadIdx.y * blockDim.x + threadIdx.x; }
+
+__device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The sums of kCount values over a block's slots, for each of its columns; every slot gets them.
+// The order is always the same: pairs within a warp, then one group of slots after another.
+template <int kCount>
+__device__ inline void sum_over_slots(float (&values)[kCount]) {
+  __shared__ float shared[kCount][kMaxThreads];
+  const int num_columns = blockDim.x;
+  for (int offset = num_columns; offset < kWarp; offset *= 2) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      values[j] += __shfl_xor_sync(kAllLanes, values[j], offset);
+    }
+  }
+  const int slots_of_a_group = num_columns < kWarp ? kWarp / num_columns : 1;
+  const int num_groups = blockDim.y / slots_of_a_group;
+  if (num_groups == 1) return;
+  if (threadIdx.y % slots_of_a_group == 0) {
+    const int place = threadIdx.y / slots_of_a_group * num_columns + threadIdx.x;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) shared[j][place] = values[j];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    values[j] = 0.0f;
+    for (int group = 0; group < num_groups; ++group) {
+      values[j] += shared[j][group * num_columns + threadIdx.x];
+    }
+  }
+  __syncthreads();
+}
+
+__device__ inline float sum_over_warp(float value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, offset);
+  }
+  return value;
+}
+
+// What normalisation and activation need of a thread's channels, and what they make of an element:
+// xh, v and d of the notation in `kernels.interface`.
+struct Normalization {
+  Values mean, inv_std, gamma, beta;
+  float negative_slope;
+
+  __device__ float normalized(float z, int j) const { return (z - mean.of[j]) * inv_std.of[j]; }
+
+  // Rounded once in every kernel, so that all of them see the same sign.
+  __device__ float before_activation(float xh, int j) const {
+    return fmaf(gamma.of[j], xh, beta.of[j]);
+  }
+
+  __device__ float slope(float v) const { return v > 0.0f ? 1.0f : negative_slope; }
+};
+
+// Positions of one side: from begin to end.
+struct Span {
+  int begin, end;
+
+  __device__ bool holds(int i) const { return begin <= i && i < end; }
+  __device__ int size() const { return end - begin; }
+};
+
+// Cell i of num_cells along a side of `size`. Cells overlap where num_cells does not divide it.
+__device__ inline Span cell_of(int i, int size, int num_cells) {
+  return {i * size / num_cells, ceil_div((i + 1) * size, num_cells)};
+}
+
+// What of cell i no later cell holds; these parts of all cells make up the side.
+__device__ inline Span own_part_of(int i, int size, int num_cells) {
+  return {i * size / num_cells, (i + 1) * size / num_cells};
+}
+
+// The cells that hold position i: an inverse of cell_of.
+__device__ inline Span cells_that_hold(int i, int size, int num_cells) {
+  return {i * num_cells / size, ceil_div((i + 1) * num_cells, size)};
+}

@@ -1,0 +1,104 @@
+"""Runs the CUDA kernels' own sources on the CPU, a thread after another; see device.h.
+
+So what they compute is tested where no GPU is: every index, tail, barrier and shuffle. What they
+compile to on a device is looked at in test_cuda_compiled.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from locallearn.kernels import cxx_compiler
+from locallearn.kernels.cuda import launching
+from locallearn.kernels.cuda.compilation import Program, source_text
+from locallearn.kernels.cuda.launching import Size, Value
+
+_FOLDER = Path(__file__).parent
+_KERNEL = re.compile(r'extern "C" __global__ void(?: __launch_bounds__\(\w+\))? (\w+)\(')
+_DYNAMIC_SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
+_KINDS = {
+    ctypes.c_void_p: "p",
+    ctypes.c_int: "i",
+    ctypes.c_float: "f",
+    ctypes.c_double: "d",
+}
+_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w")
+
+# What GNU C++ has, and Clang on some machines has not: _Float16 and contexts.
+MISSING = None if cxx_compiler() else "no C++ compiler on the PATH"
+
+
+class Device:
+    """Stands for a CUDA device: launches run at once.
+
+    Arguments:
+        folder: for what is compiled; may be shared by processes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.is_reversed = False  # whether the last block's last thread goes first
+        self.launches: list[tuple[Program, str, Size, Size]] = []
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(launching, "run", self.run)
+
+    def run(
+        self,
+        program: Program,
+        name: str,
+        grid: Size,
+        block: Size,
+        values: list[Value],
+        num_shared_bytes: int,
+    ) -> None:
+        self.launches.append((program, name, grid, block))
+        library = _library(self.folder, program)
+        _check_arguments(library, name, values)
+        addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        sizes = (ctypes.c_uint * 6)(*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3])
+        function = library[f"run_{name}"]
+        function.restype = ctypes.c_char_p
+        problem = function(
+            addresses, sizes, ctypes.c_size_t(num_shared_bytes), ctypes.c_bool(self.is_reversed)
+        )
+        assert problem is None, f"{name}: {problem.decode()}"
+
+
+def _check_arguments(library: ctypes.CDLL, name: str, values: list[Value]) -> None:
+    """What the launcher hands over is what the kernel takes, structures by their size."""
+    kinds, sizes = ctypes.create_string_buffer(64), (ctypes.c_int * 64)()
+    count = library[f"describe_{name}"](kinds, sizes)
+    expected = list(zip(kinds.value[:count].decode(), sizes[:count], strict=True))
+    given = [(_KINDS.get(type(v), "s"), ctypes.sizeof(v)) for v in values]
+    assert given == expected, name
+
+
+@functools.cache
+def _library(folder: Path, program: Program) -> ctypes.CDLL:
+    """Compiled once, for all processes that share the folder."""
+    source = source_text(program.source, without="half.cuh")
+    source = _DYNAMIC_SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(device::dynamic_shared);", source)
+    headers = "".join((_FOLDER / name).read_text() for name in ("device.h", "half.cuh"))
+    kernels = "".join(f"KERNEL({name})\n" for name in _KERNEL.findall(source))
+    text = f"{headers}\n{source}\n{kernels}"
+    macros = [f"-D{name}={value}" for name, value in program.constants]
+    key = hashlib.sha256(repr((text, macros, _FLAGS)).encode()).hexdigest()[:24]
+    library = folder / f"{key}.so"
+    if not library.exists():
+        written = folder / f"{key}.{os.getpid()}.so"
+        compiler = cxx_compiler()
+        assert compiler is not None
+        command = [compiler, *_FLAGS, *macros, "-x", "c++", "-", "-o", str(written)]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[:4000]
+        written.replace(library)
+    return ctypes.CDLL(str(library))

@@ -1,0 +1,202 @@
+// What CUDA C++ has and C++ has not, so that a kernel's source runs on a CPU as it is.
+//
+// Each thread of a block is a fiber. A fiber runs until it waits: at __syncthreads for all threads
+// of its block, in a shuffle for all lanes of its warp. A thread that ends while others wait for
+// it, and lanes that wait at different places, are errors here, whatever a device would do.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+using std::max;
+using std::min;
+
+struct Dimensions {
+  unsigned int x, y, z;
+};
+inline Dimensions threadIdx, blockIdx, blockDim, gridDim;
+
+namespace device {
+
+constexpr unsigned int kWarp = 32;
+constexpr std::size_t kStackBytes = 1 << 17;
+
+enum class State { kReady, kWaitsForBlock, kWaitsForWarp, kEnded };
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(kStackBytes);
+  Dimensions thread;
+  State state;
+  unsigned int num_shuffles;
+};
+
+struct Exchange {
+  unsigned long long of[2][kWarp];  // a shuffle may begin before all have read the last one's
+};
+
+inline std::vector<Fiber> fibers;
+inline std::vector<Exchange> exchanges;
+inline ucontext_t scheduler;
+inline unsigned int current;
+inline char* dynamic_shared;
+inline void (*body)(void**);
+inline void** arguments;
+
+inline void wait(State state) {
+  fibers[current].state = state;
+  const unsigned int own = current;
+  swapcontext(&fibers[own].context, &scheduler);
+}
+
+inline void begin() {
+  body(arguments);
+  fibers[current].state = State::kEnded;
+}
+
+inline void resume(unsigned int index) {
+  current = index;
+  threadIdx = fibers[index].thread;
+  fibers[index].state = State::kReady;
+  swapcontext(&scheduler, &fibers[index].context);
+}
+
+// Runs a block; null, or what its threads did wrong.
+inline const char* run_block(bool is_reversed) {
+  const unsigned int num_threads = blockDim.x * blockDim.y * blockDim.z;
+  if (num_threads % kWarp && num_threads > 1) return "a warp is not full";
+  if (fibers.size() < num_threads) fibers.resize(num_threads);
+  exchanges.resize((num_threads + kWarp - 1) / kWarp);
+  for (unsigned int i = 0; i < num_threads; ++i) {
+    Fiber& fiber = fibers[i];
+    fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+    fiber.num_shuffles = 0;
+    fiber.state = State::kReady;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, begin, 0);
+  }
+  const auto count = [&](unsigned int first, unsigned int last, State state) {
+    unsigned int found = 0;
+    for (unsigned int i = first; i < last; ++i) found += fibers[i].state == state;
+    return found;
+  };
+  for (;;) {
+    for (unsigned int i = 0; i < num_threads; ++i) {
+      const unsigned int index = is_reversed ? num_threads - 1 - i : i;
+      if (fibers[index].state == State::kReady) resume(index);
+    }
+    if (count(0, num_threads, State::kEnded) == num_threads) return nullptr;
+    if (count(0, num_threads, State::kWaitsForBlock) == num_threads) {
+      for (unsigned int i = 0; i < num_threads; ++i) fibers[i].state = State::kReady;
+      continue;
+    }
+    bool goes_on = false;
+    for (unsigned int first = 0; first < num_threads; first += kWarp) {
+      if (count(first, first + kWarp, State::kWaitsForWarp) == kWarp) {
+        for (unsigned int i = 0; i < kWarp; ++i) fibers[first + i].state = State::kReady;
+        goes_on = true;
+      }
+    }
+    if (!goes_on) return "threads wait for others that have ended, or wait elsewhere";
+  }
+}
+
+template <typename Kernel>
+struct Call;
+
+template <typename... Arguments>
+struct Call<void (*)(Arguments...)> {
+  template <std::size_t... kIndices>
+  static void with(void (*kernel)(Arguments...), void** values, std::index_sequence<kIndices...>) {
+    kernel(*static_cast<std::remove_const_t<Arguments>*>(values[kIndices])...);
+  }
+  static void with(void (*kernel)(Arguments...), void** values) {
+    with(kernel, values, std::index_sequence_for<Arguments...>());
+  }
+
+  // Of each argument its kind and its size; returns how many there are.
+  static int describe(char* kinds, int* sizes) {
+    ((*kinds++ = std::is_pointer_v<Arguments>          ? 'p'
+                 : std::is_same_v<Arguments, int>      ? 'i'
+                 : std::is_same_v<Arguments, float>    ? 'f'
+                 : std::is_same_v<Arguments, double>   ? 'd'
+                 : std::is_class_v<Arguments>          ? 's'
+                                                       : '?',
+      *sizes++ = sizeof(Arguments)),
+     ...);
+    return sizeof...(Arguments);
+  }
+};
+
+// Null, or what went wrong. The order in which blocks and threads run decides nothing.
+inline const char* run(void (*call)(void**), void** values, const unsigned int* dimensions,
+                       std::size_t num_shared_bytes, bool is_reversed) {
+  body = call;
+  arguments = values;
+  gridDim = {dimensions[0], dimensions[1], dimensions[2]};
+  blockDim = {dimensions[3], dimensions[4], dimensions[5]};
+  std::vector<double> shared(num_shared_bytes / sizeof(double) + 1);
+  dynamic_shared = reinterpret_cast<char*>(shared.data());
+  const unsigned int num_blocks = gridDim.x * gridDim.y * gridDim.z;
+  for (unsigned int i = 0; i < num_blocks; ++i) {
+    const unsigned int block = is_reversed ? num_blocks - 1 - i : i;
+    blockIdx = {block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y};
+    std::fill(shared.begin(), shared.end(), std::nan(""));
+    if (const char* problem = run_block(is_reversed)) return problem;
+  }
+  return nullptr;
+}
+
+}  // namespace device
+
+#define KERNEL(name)                                                                               \
+  extern "C" const char* run_##name(void** values, const unsigned int* dimensions,                 \
+                                    std::size_t num_shared_bytes, bool is_reversed) {              \
+    return device::run([](void** v) { device::Call<decltype(&name)>::with(&name, v); }, values,    \
+                       dimensions, num_shared_bytes, is_reversed);                                 \
+  }                                                                                                \
+  extern "C" int describe_##name(char* kinds, int* sizes) {                                        \
+    return device::Call<decltype(&name)>::describe(kinds, sizes);                                  \
+  }
+
+inline void __syncthreads() { device::wait(device::State::kWaitsForBlock); }
+
+template <typename Value>
+Value __shfl_xor_sync(unsigned int, Value value, int offset) {
+  static_assert(sizeof(Value) <= sizeof(unsigned long long));
+  using namespace device;
+  const unsigned int own = current, lane = own % device::kWarp;
+  auto& exchange = exchanges[own / device::kWarp].of[fibers[own].num_shuffles++ % 2];
+  std::memcpy(&exchange[lane], &value, sizeof value);
+  wait(State::kWaitsForWarp);
+  std::memcpy(&value, &exchange[lane ^ offset], sizeof value);
+  return value;
+}
+
+inline float __uint_as_float(unsigned int bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float __int_as_float(int bits) { return __uint_as_float(bits); }
+
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
+inline float sinpif(float x) { return std::sin(3.14159265358979323846 * x); }
