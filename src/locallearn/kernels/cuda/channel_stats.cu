@@ -44,14 +44,21 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) channel_stats(
   const int first = begin + threadIdx.y;
   const Values origin = row(begin), near = row(first < end ? first : begin);
   Values sum = {}, sum_of_squares = {};
-#pragma unroll 4
-  for (int i = first; i < end; i += blockDim.y) {
-    const Values values = row(i);
+  for (int i = first; i < end; i += kBatch * blockDim.y) {
+    Values batch[kBatch];
 #pragma unroll
-    for (int j = 0; j < VECTOR; ++j) {
-      const float deviation = values.of[j] - near.of[j];
-      sum.of[j] += deviation;
-      sum_of_squares.of[j] += deviation * deviation;
+    for (int b = 0; b < kBatch; ++b) {
+      batch[b] = row(min(i + b * static_cast<int>(blockDim.y), end - 1));
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const bool is_row = i + b * blockDim.y < end;
+#pragma unroll
+      for (int j = 0; j < VECTOR; ++j) {
+        const float deviation = is_row ? batch[b].of[j] - near.of[j] : 0.0f;
+        sum.of[j] += deviation;
+        sum_of_squares.of[j] += deviation * deviation;
+      }
     }
   }
 
@@ -105,26 +112,34 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) combine_chunks(
   const long long step = static_cast<long long>(num_chunks) * num_channels;
   const float origin = place[0];
   const auto count_of = [&](int chunk) {
-    return static_cast<float>(min(num_rows - chunk * rows_of_a_chunk, rows_of_a_chunk));
+    return static_cast<float>(max(0, min(num_rows - chunk * rows_of_a_chunk, rows_of_a_chunk)));
+  };
+  const auto of_chunk = [&](int chunk) {
+    return place + static_cast<long long>(min(chunk, num_chunks - 1)) * num_channels;
   };
   const auto deviation_of = [&](int chunk) {
-    const float* of_chunk = place + static_cast<long long>(chunk) * num_channels;
-    return of_chunk[0] - origin + of_chunk[step];
+    return of_chunk(chunk)[0] - origin + of_chunk(chunk)[step];
   };
 
   float total[1] = {};
-#pragma unroll 4
-  for (int chunk = threadIdx.y; chunk < num_chunks; chunk += blockDim.y) {
-    total[0] += deviation_of(chunk) * count_of(chunk);
+  for (int first = threadIdx.y; first < num_chunks; first += kBatch * blockDim.y) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int chunk = first + b * blockDim.y;
+      total[0] += deviation_of(chunk) * count_of(chunk);
+    }
   }
   sum_over_slots(total);
   total[0] /= num_rows;
   float spread[1] = {};
-#pragma unroll 4
-  for (int chunk = threadIdx.y; chunk < num_chunks; chunk += blockDim.y) {
-    const float apart = deviation_of(chunk) - total[0];
-    spread[0] += place[2 * step + static_cast<long long>(chunk) * num_channels];
-    spread[0] += apart * apart * count_of(chunk);
+  for (int first = threadIdx.y; first < num_chunks; first += kBatch * blockDim.y) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int chunk = first + b * blockDim.y;
+      const float apart = deviation_of(chunk) - total[0];
+      const float own = chunk < num_chunks ? of_chunk(chunk)[2 * step] : 0.0f;
+      spread[0] += own + apart * apart * count_of(chunk);
+    }
   }
   sum_over_slots(spread);
   if (threadIdx.y == 0 && is_channel) {

@@ -57,7 +57,7 @@ class Chunks(NamedTuple):
 
 # Few enough that the threads of one block add up what they leave, many enough that all
 # multiprocessors of a large device have some to read.
-MAX_CHUNKS = 512
+MAX_CHUNKS = 256
 # Of the block that adds up, a thread for each of so many channels.
 FINISH_CHANNELS = 8
 FINISH_BLOCK = (FINISH_CHANNELS, MAX_THREADS // FINISH_CHANNELS)

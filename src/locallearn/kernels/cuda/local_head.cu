@@ -1,5 +1,5 @@
-// `local_head`; see `kernels.interface`. Also defined: ZERO_CROSSING, in units of phase,
-// and MAX_FEW_CLASSES.
+// `local_head`; see `kernels.interface`. Also defined: BASIS, what D is, one of the three
+// below; ZERO_CROSSING, in units of phase; MAX_FEW_CLASSES.
 //
 // With few classes a block takes one sample from the moments to G, and keeps the latent in shared
 // memory. With many, both products with D are matrix products and the library's: what is before,
@@ -14,6 +14,9 @@
 // Below this norm a latent is treated as zero (F.normalize's own epsilon).
 constexpr float kNormEps = 1e-12f;
 
+// A matrix, or a periodic basis that is made where it is needed.
+constexpr int kMatrix = 0, kSine = 1, kSquare = 2;
+
 // -- the basis ------------------------------------------------------------------------------------
 
 // Phases are 64-bit integers, 2^64 a turn, so that turns which float32 could not hold fall away by
@@ -24,52 +27,47 @@ __device__ inline unsigned long long phase_of(double turns) {
   return static_cast<unsigned long long>(static_cast<long long>(fraction * 0x1p64));
 }
 
-__device__ inline float wave(unsigned long long phase, bool is_square) {
+__device__ inline float wave(unsigned long long phase) {
   const bool is_negative = phase >> 63;
   const unsigned long long from_zero = is_negative ? 0 - phase : phase;  // 2^63: half a turn
   if (from_zero < ZERO_CROSSING || from_zero > (1ull << 63) - ZERO_CROSSING) return 0.0f;
   const float sign = is_negative ? -1.0f : 1.0f;
-  if (is_square) return sign;
+  if (BASIS == kSquare) return sign;
   // 31 bits of the angle, in half turns, from the nearest crossing.
   const int angle = static_cast<int>(from_zero >> 32);
   return sign * sinpif(min(angle, 0x7fffffff - angle) * 0x1p-31f);
 }
 
-// D: a matrix (K, T), or a periodic basis that is made where it is needed.
+// D, (K, T).
 struct Projection {
-  const float* matrix;  // null: a periodic basis
-  int stride_k, stride_t;
-  const double *turns, *first_phase;  // (K,)
-  int is_square;
-};
-
-// Row k of it.
-struct ProjectionRow {
   const float* matrix;
-  int stride;
-  unsigned long long first_phase, increment;
-  bool is_square;
-
-  __device__ float at(int t) const {
-    if (matrix != nullptr) return matrix[static_cast<long long>(t) * stride];
-    return wave(first_phase + increment * t, is_square);
-  }
+  int stride_k, stride_t;
+  const double *turns, *first_phase;  // (K,), of a periodic basis
 };
 
-__device__ inline ProjectionRow row_of(const Projection& projection, int k) {
-  if (projection.matrix == nullptr) {
-    return {nullptr, 0, phase_of(projection.first_phase[k]), phase_of(projection.turns[k]),
-            projection.is_square != 0};
-  }
-  const float* matrix = projection.matrix + static_cast<long long>(k) * projection.stride_k;
-  return {matrix, projection.stride_t, 0, 0, false};
+// Of a row of a periodic basis.
+struct Phases {
+  unsigned long long first, increment;
+};
+
+__device__ inline Phases phases_of(const Projection& projection, int k) {
+  return {phase_of(projection.first_phase[k]), phase_of(projection.turns[k])};
+}
+
+__device__ inline float element_of(const Projection& projection, const Phases* phases, int k,
+                                   int t) {
+  if (BASIS != kMatrix) return wave(phases[k].first + phases[k].increment * t);
+  return projection.matrix[static_cast<long long>(k) * projection.stride_k +
+                           static_cast<long long>(t) * projection.stride_t];
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads) periodic_basis(
     Projection projection, float* __restrict__ matrix, int length) {
-  const ProjectionRow row = row_of(projection, blockIdx.y);
+  const Phases phases = phases_of(projection, blockIdx.y);
   const int t = blockIdx.x * blockDim.x + threadIdx.x;
-  if (t < length) matrix[static_cast<long long>(blockIdx.y) * length + t] = row.at(t);
+  if (t >= length) return;
+  matrix[static_cast<long long>(blockIdx.y) * length + t] =
+      wave(phases.first + phases.increment * t);
 }
 
 // -- latents and their gradients --------------------------------------------------------------------
@@ -233,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) local_head(
     float* __restrict__ sums,          // (N, 2, C)
     float* __restrict__ error_out,     // e, (N, K), and q, (N, T); or null: not kept
     float* __restrict__ q_out) {
-  __shared__ ProjectionRow rows[MAX_FEW_CLASSES];
+  __shared__ Phases phases[MAX_FEW_CLASSES];
   extern __shared__ float shared[];
   float* latent = shared;                             // p, and then dL/dp
   float* products = shared + padded(latents.length);  // <p, D_k>, and |p|^2 behind them
@@ -241,14 +239,17 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) local_head(
   const int thread = thread_index(), num_threads = blockDim.x * blockDim.y;
   const int warp = thread / kWarp, lane = thread % kWarp, num_warps = num_threads / kWarp;
 
-  if (thread < loss.num_classes) rows[thread] = row_of(projection, thread);
+  if (BASIS != kMatrix && thread < loss.num_classes) phases[thread] = phases_of(projection, thread);
   for_each_latent(latents, [&](int t, float p) { latent[padded(t)] = p; });
   __syncthreads();
 
   for (int k = warp; k <= loss.num_classes; k += num_warps) {
     float sum = 0.0f;
     if (k < loss.num_classes) {
-      for (int t = lane; t < latents.length; t += kWarp) sum += latent[padded(t)] * rows[k].at(t);
+#pragma unroll 4
+      for (int t = lane; t < latents.length; t += kWarp) {
+        sum += latent[padded(t)] * element_of(projection, phases, k, t);
+      }
     } else {
       for (int t = lane; t < latents.length; t += kWarp) {
         sum += latent[padded(t)] * latent[padded(t)];
@@ -275,7 +276,10 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) local_head(
 
   for (int t = thread; t < latents.length; t += num_threads) {
     float grad = 0.0f;
-    for (int k = 0; k < loss.num_classes; ++k) grad += error[k] * rows[k].at(t);
+#pragma unroll 4
+    for (int k = 0; k < loss.num_classes; ++k) {
+      grad += error[k] * element_of(projection, phases, k, t);
+    }
     const float q = latent[padded(t)] * inverse_norm;
     if (q_out != nullptr) q_out[static_cast<long long>(blockIdx.x) * latents.length + t] = q;
     latent[padded(t)] = (grad - q * error[loss.num_classes]) * inverse_norm;
@@ -346,11 +350,17 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) sum_up(
   const int channel = blockIdx.x * blockDim.x + threadIdx.x;
   float of_channel[2] = {};
   if (channel < num_channels) {
-#pragma unroll 4
-    for (int n = threadIdx.y; n < batch_size; n += blockDim.y) {
-      const float* of_sample = sums + static_cast<long long>(n) * 2 * num_channels + channel;
-      of_channel[0] += of_sample[0];
-      of_channel[1] += of_sample[num_channels];
+    for (int first = threadIdx.y; first < batch_size; first += kBatch * blockDim.y) {
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int n = first + b * blockDim.y;
+        const bool is_sample = n < batch_size;
+        const float* of_sample =
+            sums + static_cast<long long>(is_sample ? n : 0) * 2 * num_channels + channel;
+        const float to_gamma = of_sample[0], to_beta = of_sample[num_channels];
+        of_channel[0] += is_sample ? to_gamma : 0.0f;
+        of_channel[1] += is_sample ? to_beta : 0.0f;
+      }
     }
   }
   sum_over_slots(of_channel);
