@@ -8,6 +8,7 @@ from locallearn.kernels.backends import (
     BACKENDS,
     choose_backend,
     cxx_compiler,
+    fastest_candidates,
     load_kernels,
     missing_for,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "ScheduleFreeState",
     "choose_backend",
     "cxx_compiler",
+    "fastest_candidates",
     "label_similarity",
     "load_kernels",
     "match_similarity",
