@@ -13,8 +13,8 @@ from locallearn import LocalLearner, UserError, build_model, build_rule
 from locallearn.analysis import step_cost
 from locallearn.data import load_dataset
 from locallearn.engine import TrainConfig
+from locallearn.engine.backend_choice import choose_run_backend, count_normalized
 from locallearn.engine.blocks import recognize
-from locallearn.engine.building import choose_run_backend, count_normalized
 from locallearn.engine.learner import COMPILE_AFTER
 from locallearn.engine.measuring import peak_memory_bytes
 from locallearn.models import Block, BlockNetwork, ConvBlock, DepthwiseSeparableBlock, LinearBlock
@@ -361,7 +361,7 @@ def test_a_state_brings_its_backend_along(monkeypatch) -> None:
 
 def test_how_a_run_chooses_its_backend(monkeypatch) -> None:
     data = load_dataset("digits")
-    monkeypatch.setattr("locallearn.engine.building.choose_backend", lambda *args: "compiled")
+    monkeypatch.setattr("locallearn.engine.backend_choice.choose_backend", lambda *args: "compiled")
 
     def chosen(**settings) -> tuple[str, str]:
         return choose_run_backend(TrainConfig(device="cpu", **settings).resolve(), data)

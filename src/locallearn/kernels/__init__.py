@@ -6,6 +6,7 @@ definition, to which every other is held.
 
 from locallearn.kernels.backends import (
     BACKENDS,
+    GPU_BACKENDS,
     choose_backend,
     cxx_compiler,
     fastest_candidates,
@@ -34,6 +35,7 @@ from locallearn.kernels.reference.local_head import (
 
 __all__ = [
     "BACKENDS",
+    "GPU_BACKENDS",
     "BlockForward",
     "ChannelStats",
     "Crops",
