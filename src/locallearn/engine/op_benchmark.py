@@ -111,6 +111,27 @@ def time_ops(
     return rates, rows
 
 
+def count_bytes(
+    model: BlockNetwork,
+    *,
+    image_shape: tuple[int, int, int],
+    batch_size: int,
+    num_classes: int,
+    precision: str,
+) -> dict[tuple[str, str], int]:
+    """Block and op -> the bytes that it must move; of the blocks and ops of `time_ops`."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return {
+        (name, op): num_bytes
+        for name, block, shape in _input_shapes(model, image_shape, batch_size)
+        if isinstance(block, ConvBlock | LinearBlock)
+        for op, (_, num_bytes, num_macs) in _calls(
+            block, shape, num_classes, load_kernels("reference"), dtype
+        ).items()
+        if not num_macs
+    }
+
+
 def _median_ms(call: Callable[[], object], device: torch.device, num_rounds: int) -> float:
     return _medians_ms({"": call}, device, num_rounds)[""]
 
