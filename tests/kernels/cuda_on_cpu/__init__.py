@@ -22,7 +22,7 @@ from locallearn.kernels.cuda.compilation import Program, source_text
 from locallearn.kernels.cuda.launching import Size, Value
 
 _FOLDER = Path(__file__).parent
-_KERNEL = re.compile(r'extern "C" __global__ void(?: __launch_bounds__\([^)]*\))? (\w+)\(')
+_KERNEL = re.compile(r'extern "C" __global__ void(?: __launch_bounds__\([^)]+\))? (\w+)\(')
 _DYNAMIC_SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 _KINDS = {
     ctypes.c_void_p: "p",
@@ -30,10 +30,20 @@ _KINDS = {
     ctypes.c_float: "f",
     ctypes.c_double: "d",
 }
-_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w")
+# Hidden: a kernel may be named as a function of the C library, which would be called in its place.
+_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 
-# What GNU C++ has, and Clang on some machines has not: _Float16 and contexts.
-MISSING = None if cxx_compiler() else "no C++ compiler on the PATH"
+
+@functools.cache
+def missing() -> str | None:
+    """What this machine lacks, or None."""
+    compiler = cxx_compiler()
+    if compiler is None:
+        return "no C++ compiler on the PATH"
+    command = [compiler, *_FLAGS, "-fsyntax-only", "-x", "c++", "-"]
+    done = subprocess.run(command, input=_headers(), capture_output=True, text=True, check=False)
+    # GNU C++ has both; Clang on some machines has not.
+    return f"{compiler} has no _Float16, or no contexts" if done.returncode else None
 
 
 class Device:
@@ -45,7 +55,8 @@ class Device:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.is_reversed = False  # whether the last block's last thread goes first
+        # Whether the last block's last thread goes first; None: at every second launch.
+        self.is_reversed: bool | None = None
         self.launches: list[tuple[Program, str, Size, Size]] = []
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +72,9 @@ class Device:
         num_shared_bytes: int,
     ) -> None:
         self.launches.append((program, name, grid, block))
+        is_reversed = self.is_reversed
+        if is_reversed is None:
+            is_reversed = len(self.launches) % 2 == 0
         library = _library(self.folder, program)
         _check_arguments(library, name, values)
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
@@ -68,7 +82,7 @@ class Device:
         function = library[f"run_{name}"]
         function.restype = ctypes.c_char_p
         problem = function(
-            addresses, sizes, ctypes.c_size_t(num_shared_bytes), ctypes.c_bool(self.is_reversed)
+            addresses, sizes, ctypes.c_size_t(num_shared_bytes), ctypes.c_bool(is_reversed)
         )
         assert problem is None, f"{name}: {problem.decode()}"
 
@@ -82,14 +96,17 @@ def _check_arguments(library: ctypes.CDLL, name: str, values: list[Value]) -> No
     assert given == expected, name
 
 
+def _headers() -> str:
+    return "".join((_FOLDER / name).read_text() for name in ("device.h", "half.cuh"))
+
+
 @functools.cache
 def _library(folder: Path, program: Program) -> ctypes.CDLL:
     """Compiled once, for all processes that share the folder."""
     source = source_text(program.source, without="half.cuh")
     source = _DYNAMIC_SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(device::dynamic_shared);", source)
-    headers = "".join((_FOLDER / name).read_text() for name in ("device.h", "half.cuh"))
     kernels = "".join(f"KERNEL({name})\n" for name in _KERNEL.findall(source))
-    text = f"{headers}\n{source}\n{kernels}"
+    text = f"{_headers()}\n{source}\n{kernels}"
     macros = [f"-D{name}={value}" for name, value in program.constants]
     key = hashlib.sha256(repr((text, macros, _FLAGS)).encode()).hexdigest()[:24]
     library = folder / f"{key}.so"

@@ -165,13 +165,15 @@ inline const char* run(void (*call)(void**), void** values, const unsigned int* 
 
 }  // namespace device
 
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
 #define KERNEL(name)                                                                               \
-  extern "C" const char* run_##name(void** values, const unsigned int* dimensions,                 \
-                                    std::size_t num_shared_bytes, bool is_reversed) {              \
+  EXPORTED const char* run_##name(void** values, const unsigned int* dimensions,                   \
+                                  std::size_t num_shared_bytes, bool is_reversed) {                \
     return device::run([](void** v) { device::Call<decltype(&name)>::with(&name, v); }, values,    \
                        dimensions, num_shared_bytes, is_reversed);                                 \
   }                                                                                                \
-  extern "C" int describe_##name(char* kinds, int* sizes) {                                        \
+  EXPORTED int describe_##name(char* kinds, int* sizes) {                                          \
     return device::Call<decltype(&name)>::describe(kinds, sizes);                                  \
   }
 

@@ -1,166 +1,63 @@
-"""The Triton kernels against the reference in float64; in Triton's interpreter where no GPU is.
+"""The kernels of the device backends against the reference in float64.
 
-The interpreter runs the kernels' own code on CPU tensors, and so shows what they compute; what
-they compile to is looked at in test_triton_compiled.py.
+Where no GPU is, Triton's run in its interpreter and CUDA's sources as C++; what they compile to is
+looked at in test_triton_compiled.py and test_cuda_compiled.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import math
-import pkgutil
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from schedulefree import AdamWScheduleFree
+from tests.kernels.checks import (
+    DEVICE,
+    SHAPES,
+    Trajectory,
+    arrange,
+    block_inputs,
+    check,
+    gradients_of,
+    head_inputs,
+    official_basis,
+    paper_basis,
+    randn,
+    starts,
+    wide,
+)
 from torch import Tensor
 
-pytest.importorskip("triton", reason="the package triton is not installed")
-
-import triton
-import triton.language.standard
-from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
-from triton.runtime.jit import JITFunction
-
-import locallearn.kernels.triton as kernels
 from locallearn.errors import UserError
 from locallearn.kernels import reference
-from locallearn.kernels.interface import (
-    ChannelStats,
-    Crops,
-    Moments,
-    PeriodicBasis,
-    ScheduleFreeState,
-)
+from locallearn.kernels.interface import Crops, Moments, PeriodicBasis
 from locallearn.kernels.periodic_basis import periodic_basis
 
-# The package's own names for these are the ops.
-common, head_module, step_module = (
-    importlib.import_module(f"locallearn.kernels.triton.{name}")
-    for name in ("common", "local_head", "schedulefree_step")
-)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+def backend_of(kernels: ModuleType) -> str:
+    return kernels.__name__.rpartition(".")[2]
 
 
-class Interpreted(InterpretedFunction):
-    """A kernel, or what it calls, which finds the language as the kernel's start has made it.
-
-    Made anew at every call, as InterpretedFunction has it, that took a fifth of the time.
-    """
-
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        return self.rewrite()(*args, **kwargs)
+def module_of(kernels: ModuleType, name: str) -> ModuleType:
+    """The package's own name for it may be the op's."""
+    return importlib.import_module(f"{kernels.__name__}.{name}")
 
 
-@pytest.fixture(autouse=True)
-def _interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without a GPU, kernels and Triton's own jit functions are interpreted for one test.
-
-    TRITON_INTERPRET=1 would be for the whole process, torch.compile's use of Triton included. The
-    interpreter puts its own functions into the language, and leaves some of them there. It also
-    looks for an overflow in every integer product and sum, which GPUs do not, and which takes half
-    of the time: none overflows at the sizes here.
-    """
-    if DEVICE == "cuda":
-        yield
-        return
-    core = triton.language.core
-    language = [triton.language, core, triton.language.math, triton.language.standard]
-    changed = [*language, core.tensor, core.dtype, core.condition, core.tensor_descriptor_base]
-    before = [dict(vars(place)) for place in changed]
-
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
-    options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
-    monkeypatch.setattr(interpreter_builder, "options", options)
-    names = [m.name for m in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + ".")]
-    interpreted: dict[int, InterpretedFunction] = {}  # by id: to hash one would parse it
-    for module in [*language, *(importlib.import_module(name) for name in names)]:
-        for name, function in list(vars(module).items()):
-            if isinstance(function, JITFunction):
-                if id(function) not in interpreted:
-                    kind = InterpretedFunction if module in language else Interpreted
-                    interpreted[id(function)] = kind(function.fn)
-                monkeypatch.setattr(module, name, interpreted[id(function)])
-    yield
-    for place, attributes in zip(changed, before, strict=True):
-        for name, value in list(vars(place).items()):
-            if name in attributes and value is not attributes[name]:
-                setattr(place, name, attributes[name])
-            elif name not in attributes and isinstance(place, type):
-                delattr(place, name)
+def make_chunks(kernels: ModuleType, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Share few rows out to chunks, each of several tiles or of several rows for a thread."""
+    common = module_of(kernels, "common")
+    monkeypatch.setattr(common, "MAX_CHUNKS", most)
+    if backend_of(kernels) == "cuda":
+        monkeypatch.setattr(common, "_ROWS_OF_A_THREAD", 1)
 
 
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory is NaN, or the highest integer, so that nothing passes by not being written."""
-
-    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def wrapper(*args: object, **kwargs: object) -> Tensor:
-            made = make(*args, **kwargs)
-            is_float = made.dtype.is_floating_point
-            return made.fill_(math.nan if is_float else torch.iinfo(made.dtype).max)
-
-        return wrapper
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-
-
-def randn(*shape: int) -> Tensor:
-    # Drawn on the CPU, for the same numbers on every device.
-    return torch.randn(shape).to(DEVICE)
-
-
-def arrange(x: Tensor, layout: str) -> Tensor:
-    if layout == "channels_last" and x.ndim == 4:
-        return x.contiguous(memory_format=torch.channels_last)
-    if layout == "strided":
-        return torch.stack([x, x], dim=-1)[..., 0]
-    return x.clone()
-
-
-def wide(values: Any) -> Any:
-    """The same in float64, tensors in tuples included."""
-    if isinstance(values, Tensor) and values.dtype.is_floating_point:
-        return values.double()
-    if isinstance(values, tuple):
-        wider = [wide(v) for v in values]
-        return type(values)(*wider) if hasattr(values, "_fields") else tuple(wider)
-    return values
-
-
-# In units of the dtype's eps: float32 tensors end sums that cancel, half ones are rounded once.
-FLOORS = {torch.float32: 16, torch.bfloat16: 1, torch.float16: 1}
-
-
-def check(
-    actual: Sequence[Tensor | None],
-    low: Sequence[Tensor | None],
-    exact: Sequence[Tensor | None],
-    names: Sequence[str],
-) -> None:
-    """Each tensor is off by at most twice what the reference is off by in the same precision."""
-    assert len(actual) == len(low) == len(exact) == len(names)
-    for a, r, e, name in zip(actual, low, exact, names, strict=True):
-        if e is None:
-            assert a is None, name
-            continue
-        assert a is not None
-        assert r is not None
-        assert a.shape == e.shape, name
-        assert a.dtype == r.dtype, name
-        if not e.numel():
-            continue
-        if not e.dtype.is_floating_point:
-            assert torch.equal(a, e), name
-            continue
-        error = (a.double() - e).abs().max().item()
-        allowed = 2 * (r.double() - e).abs().max().item()
-        floor = FLOORS[a.dtype] * torch.finfo(a.dtype).eps * e.abs().max().item()
-        assert error <= allowed + floor, f"{name}: off by {error}, allowed {allowed} + {floor}"
+def made_basis(kernels: ModuleType, basis: PeriodicBasis) -> Tensor:
+    """What the kernels make of it, (K, T)."""
+    head = module_of(kernels, "local_head")
+    return (head.periodic_basis if backend_of(kernels) == "cuda" else head._periodic_basis)(basis)
 
 
 # shape, latent size, max-pool, and why the row is there
@@ -196,17 +93,10 @@ INPUTS = pytest.mark.parametrize(
 BLOCK_IDS = [c[3] for c in BLOCKS]
 
 
-def block_inputs(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str
-) -> tuple[Tensor, ChannelStats, Tensor, Tensor]:
-    z = arrange(randn(*shape).to(dtype), layout)
-    c = shape[1]
-    return z, ChannelStats(randn(c), randn(c).abs() + 0.5), randn(c), randn(c)
-
-
 @INPUTS
 @pytest.mark.parametrize(("shape", "size", "max_pool", "why"), BLOCKS, ids=BLOCK_IDS)
 def test_block_forward(
+    kernels: ModuleType,
     shape: tuple[int, ...],
     size: int,
     max_pool: int,
@@ -237,7 +127,7 @@ def test_block_forward(
 
 
 @pytest.mark.parametrize("slope", [0, 0.0, 1, 1.5])
-def test_other_slopes(slope: float) -> None:
+def test_other_slopes(kernels: ModuleType, slope: float) -> None:
     inputs = block_inputs((2, 3, 6, 6), torch.float16, "channels_last")
     options = {"negative_slope": slope, "latent_size": 3, "max_pool": 2}
     result = kernels.block_forward(*inputs, **options)
@@ -251,7 +141,7 @@ def test_other_slopes(slope: float) -> None:
     )
 
 
-def test_max_pool_keeps_nan() -> None:
+def test_max_pool_keeps_nan(kernels: ModuleType) -> None:
     z, *others = block_inputs((1, 2, 4, 4), torch.float32, "channels_last")
     z[0, 1, 3, 2] = math.nan
     options = {"negative_slope": 0.1, "latent_size": 2, "max_pool": 2}
@@ -262,6 +152,7 @@ def test_max_pool_keeps_nan() -> None:
 @INPUTS
 @pytest.mark.parametrize(("shape", "size", "max_pool", "why"), BLOCKS, ids=BLOCK_IDS)
 def test_block_backward(
+    kernels: ModuleType,
     shape: tuple[int, ...],
     size: int,
     max_pool: int,
@@ -285,9 +176,13 @@ def test_block_backward(
     "shape", [(2, 3, 5, 6), (1, 1, 1, 1), (1, 130, 4, 4), (40, 3, 5, 5), (3, 7)]
 )
 def test_norm_backward(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kernels: ModuleType,
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(common, "MAX_CHUNKS", 3)  # so that a chunk has several tiles
+    make_chunks(kernels, 3, monkeypatch)
     z, *others = block_inputs(shape, dtype, layout)
     gradients = [randn(*shape).to(dtype)]
     if layout == "channels_last":  # both as they should be, and one as it should not
@@ -315,13 +210,14 @@ def test_norm_backward(
     ],
 )
 def test_channel_stats(
+    kernels: ModuleType,
     shape: tuple[int, ...],
     why: str,
     layout: str,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(common, "MAX_CHUNKS", 5)
+    make_chunks(kernels, 5, monkeypatch)
     z = arrange((3 * randn(*shape) + 1).to(dtype), layout)
     running = [randn(shape[1]), randn(shape[1]).abs()]
     results = []
@@ -338,8 +234,8 @@ def test_channel_stats(
     assert torch.equal(bare.inv_std, results[0][1])
 
 
-def test_channel_stats_far_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "MAX_CHUNKS", 5)
+def test_channel_stats_far_from_zero(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_chunks(kernels, 5, monkeypatch)
     z = 1e4 + randn(4, 3, 40, 40)
     z[:, 1] += torch.linspace(0, 50, 40, device=DEVICE)  # a mean that moves
     z[:, 2] = 1e4  # no variance
@@ -373,15 +269,8 @@ HEADS = [
 ]
 
 
-def head_inputs(shape: tuple[int, ...], num_classes: int) -> tuple[Moments, Tensor, Tensor, Tensor]:
-    moments = Moments(randn(*shape).abs(), randn(*shape))
-    if len(shape) == 4:
-        moments = Moments(*(arrange(m, "channels_last") for m in moments))
-    labels = torch.randint(num_classes, shape[:1]).to(DEVICE)
-    return moments, randn(shape[1]), randn(shape[1]), labels
-
-
 def compare_heads(
+    kernels: ModuleType,
     moments: Moments,
     gamma: Tensor,
     beta: Tensor,
@@ -400,6 +289,7 @@ def compare_heads(
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("shape", "num_classes", "length", "why"), HEADS)
 def test_local_head(
+    kernels: ModuleType,
     shape: tuple[int, ...],
     num_classes: int,
     length: int,
@@ -408,12 +298,14 @@ def test_local_head(
     label_smoothing: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(head_module, "_SUM_ROWS", 8)
-    monkeypatch.setattr(head_module, "_SUM_SAMPLES", 4)
+    if backend_of(kernels) == "triton":
+        monkeypatch.setattr(module_of(kernels, "local_head"), "_SUM_ROWS", 8)
+        monkeypatch.setattr(module_of(kernels, "local_head"), "_SUM_SAMPLES", 4)
     moments, gamma, beta, labels = head_inputs(shape, num_classes)
     projection = randn(length, num_classes).T  # LLS-MxM's comes transposed
     for needs_grad_projection in (False, True):
         compare_heads(
+            kernels,
             moments,
             gamma,
             beta,
@@ -426,25 +318,15 @@ def test_local_head(
         )
 
 
-def official_basis(num_classes: int, length: int, *, is_square: bool) -> PeriodicBasis:
-    turns = torch.linspace(50, 512, num_classes, dtype=torch.float64) / (2 * math.pi)
-    basis = PeriodicBasis(turns, torch.zeros_like(turns), length, is_square)
-    return basis._replace(turns=turns.to(DEVICE), first_phase=basis.first_phase.to(DEVICE))
-
-
-def paper_basis(num_classes: int, length: int, *, is_square: bool) -> PeriodicBasis:
-    """Cosines whose periods divide the latent: samples lie on zero crossings."""
-    turns = torch.linspace(1, length / 2, num_classes, dtype=torch.float64) / length
-    return PeriodicBasis(turns.to(DEVICE), (turns + 0.25).to(DEVICE), length, is_square)
-
-
 @pytest.mark.parametrize("is_square", [True, False])
 @pytest.mark.parametrize("make", [official_basis, paper_basis])
-def test_periodic_basis(make: Callable[..., PeriodicBasis], is_square: bool) -> None:
+def test_periodic_basis(
+    kernels: ModuleType, make: Callable[..., PeriodicBasis], is_square: bool
+) -> None:
     for num_classes, length in [(10, 2048), (3, 16), (1, 1), (5, 30)]:
         basis = make(num_classes, length, is_square=is_square)
         exact = periodic_basis(basis)
-        actual = head_module._periodic_basis(basis)
+        actual = made_basis(kernels, basis)
         if is_square:
             assert torch.equal(actual.double(), exact)
         else:
@@ -452,10 +334,10 @@ def test_periodic_basis(make: Callable[..., PeriodicBasis], is_square: bool) -> 
             assert torch.equal(actual == 0, exact == 0)
 
 
-def test_negative_phases_and_many_turns() -> None:
+def test_negative_phases_and_many_turns(kernels: ModuleType) -> None:
     turns = torch.tensor([-3.25, 1e6 + 0.125, -0.5], dtype=torch.float64, device=DEVICE)
     basis = PeriodicBasis(turns, -turns, 50, False)
-    actual = head_module._periodic_basis(basis)
+    actual = made_basis(kernels, basis)
     torch.testing.assert_close(actual.double(), periodic_basis(basis), rtol=0, atol=1.5e-7)
 
 
@@ -463,15 +345,15 @@ def test_negative_phases_and_many_turns() -> None:
 @pytest.mark.parametrize("num_classes", [3, 65])
 @pytest.mark.parametrize(("shape", "length"), [((3, 5, 4, 4), 80), ((3, 12), 12), ((3, 10), 4)])
 def test_local_head_makes_its_basis(
-    shape: tuple[int, ...], length: int, num_classes: int, is_square: bool
+    kernels: ModuleType, shape: tuple[int, ...], length: int, num_classes: int, is_square: bool
 ) -> None:
     moments, gamma, beta, labels = head_inputs(shape, num_classes)
     basis = official_basis(num_classes, length, is_square=is_square)
-    compare_heads(moments, gamma, beta, basis, labels, normalize=True, temperature=0.5)
+    compare_heads(kernels, moments, gamma, beta, basis, labels, normalize=True, temperature=0.5)
 
 
 @pytest.mark.parametrize("num_classes", [3, 65])
-def test_a_latent_of_zeros_has_no_gradient(num_classes: int) -> None:
+def test_a_latent_of_zeros_has_no_gradient(kernels: ModuleType, num_classes: int) -> None:
     moments, gamma, beta, labels = head_inputs((3, 5, 2, 2), num_classes)
     for m in moments:
         m[1] = 0
@@ -486,15 +368,17 @@ def test_a_latent_of_zeros_has_no_gradient(num_classes: int) -> None:
 
 @pytest.mark.parametrize(("shape", "num_classes", "length", "why"), HEADS)
 def test_local_head_with_similarity(
-    shape: tuple[int, ...], num_classes: int, length: int, why: str
+    kernels: ModuleType, shape: tuple[int, ...], num_classes: int, length: int, why: str
 ) -> None:
     moments, gamma, beta, labels = head_inputs(shape, num_classes)
     projection = randn(num_classes, length)
     options = {"normalize": True, "temperature": 0.5, "similarity": 10.0}
-    compare_heads(moments, gamma, beta, projection, labels, **options, needs_grad_projection=True)
+    compare_heads(
+        kernels, moments, gamma, beta, projection, labels, **options, needs_grad_projection=True
+    )
 
 
-def test_local_head_records_no_graph() -> None:
+def test_local_head_records_no_graph(kernels: ModuleType) -> None:
     moments, gamma, beta, labels = head_inputs((3, 5, 2, 2), 65)
     result = kernels.local_head(
         moments,
@@ -509,46 +393,10 @@ def test_local_head_records_no_graph() -> None:
     assert not any(t.requires_grad for t in result)
 
 
-SHAPES = [(3,), (), (4, 5), (8, 3, 3, 3), (6, 2, 1, 1), (2500,), (0, 4)]
-
-
-class Trajectory:
-    """Parameters and a state, stepped by an op in one dtype."""
-
-    def __init__(self, op: object, dtype: torch.dtype, lr: float) -> None:
-        self.op = op
-        self.y = [arrange(p.to(DEVICE, dtype), "channels_last") for p in starts()]
-        self.z = [torch.clone(p) for p in self.y]
-        self.v = [torch.zeros_like(p) for p in self.y]
-        numbers = torch.tensor([0.0, 0.0, lr, 0.0], dtype=torch.float64, device=DEVICE)
-        self.state = ScheduleFreeState(*(t.clone() for t in numbers))
-
-    def step(self, gradients: list[Tensor], **options: object) -> None:
-        gradients = [g.to(y.dtype) for g, y in zip(gradients, self.y, strict=True)]
-        before = [g.clone() for g in gradients]
-        self.op.schedulefree_step(self.y, gradients, self.z, self.v, self.state, **options)
-        assert all(map(torch.equal, gradients, before))
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.y, *self.z, *self.v]
-
-
-def starts() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES]
-
-
-def gradients_of(step: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(100 + step)
-    gradients = [torch.randn(shape, generator=generator).to(DEVICE) for shape in SHAPES]
-    gradients[2] = gradients[2].T.contiguous().T  # not laid out like its parameter
-    return gradients  # nor is the convolution's, which is channels-last
-
-
 NAMES = [f"{name} {shape}" for name in ("y", "z", "exp_avg_sq") for shape in SHAPES]
 
 
-def test_schedulefree_step_equals_the_package() -> None:
+def test_schedulefree_step_equals_the_package(kernels: ModuleType) -> None:
     options = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.02, "warmup_steps": 10}
     ours = Trajectory(kernels, torch.float32, lr=0.01)
     results = []
@@ -584,7 +432,9 @@ def test_schedulefree_step_equals_the_package() -> None:
     ],
     ids=str,
 )
-def test_schedulefree_step_equals_the_reference(options: dict[str, object]) -> None:
+def test_schedulefree_step_equals_the_reference(
+    kernels: ModuleType, options: dict[str, object]
+) -> None:
     options = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0} | options
     ours = Trajectory(kernels, torch.float32, lr=0.01)
     low = Trajectory(reference, torch.float32, lr=0.01)
@@ -599,29 +449,18 @@ def test_schedulefree_step_equals_the_reference(options: dict[str, object]) -> N
     assert [t.item() for t in ours.state] == pytest.approx(expected, rel=1e-12, abs=0)
 
 
-def test_a_rate_of_zero_moves_nothing() -> None:
+def test_a_rate_of_zero_moves_nothing(kernels: ModuleType) -> None:
     ours = Trajectory(kernels, torch.float32, lr=0.0)
     ours.step(gradients_of(0), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     assert all(map(torch.equal, ours.y, ours.z))
     assert [t.item() for t in ours.state] == [1, 0, 0, 0]
 
 
-def test_the_table_is_made_when_a_tensor_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_module, "_TABLES", step_module._Tables())
-    make_table, made = step_module._make_table, []
-    monkeypatch.setattr(step_module, "_make_table", lambda q: made.append(1) or make_table(q))
-    ours = Trajectory(kernels, torch.float32, lr=0.01)
-    gradients = [torch.zeros_like(p) for p in ours.y]
-    moved = [torch.zeros_like(p) for p in ours.y]
-    options = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-    for g, count in [(gradients, 1), (gradients, 1), (moved, 2), (gradients, 2)]:
-        kernels.schedulefree_step(ours.y, g, ours.z, ours.v, ours.state, **options)
-        assert len(made) == count
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("num_channels", "size"), [(1, (5, 7)), (3, (6, 4)), (4, (20, 31))])
-def test_augment(num_channels: int, size: tuple[int, int], dtype: torch.dtype) -> None:
+def test_augment(
+    kernels: ModuleType, num_channels: int, size: tuple[int, int], dtype: torch.dtype
+) -> None:
     heights, widths = torch.tensor([6, 9, 3, 6, 1]), torch.tensor([5, 4, 8, 5, 1])
     sizes = heights * widths
     count = len(sizes)
@@ -649,7 +488,7 @@ def test_augment(num_channels: int, size: tuple[int, int], dtype: torch.dtype) -
     assert torch.equal(images == 0, low == 0)
 
 
-def test_float64_is_refused() -> None:
+def test_float64_is_refused(kernels: ModuleType) -> None:
     z, stats, gamma, beta = (wide(i) for i in block_inputs((2, 3, 4, 4), torch.float32, "strided"))
     moments, labels = Moments(z, z), torch.zeros(2, dtype=torch.int64)
     calls = [
@@ -672,7 +511,7 @@ def test_float64_is_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device on this machine")
-def test_a_captured_step_equals_an_eager_one() -> None:
+def test_a_captured_step_equals_an_eager_one(kernels: ModuleType) -> None:
     z, _, gamma, beta = block_inputs((8, 20, 8, 8), torch.float32, "channels_last")
     labels = torch.randint(10, (8,)).to(DEVICE)
     basis = official_basis(10, 80, is_square=False)
