@@ -21,17 +21,14 @@ __device__ inline Values unpooled(const float* grad_image, int y, int x, int hei
   return sum;
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) block_backward(
-    Element* z,                                   // (N, H, W, C); becomes dL/dz
-    const float* __restrict__ grad_latents,  // G, (N, cells_h, cells_w, C)
-    const float* __restrict__ mean,          // (C,), and the next five
-    const float* __restrict__ inv_std,
-    const float* __restrict__ gamma,
-    const float* __restrict__ beta,
-    const float* __restrict__ grad_gamma,
-    const float* __restrict__ grad_beta,
-    float negative_slope, float inverse_n, int height, int width, int num_channels, int cells_h,
-    int cells_w) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    block_backward(Element* z,                              // (N, H, W, C); becomes dL/dz
+                   const float* __restrict__ grad_latents,  // G, (N, cells_h, cells_w, C)
+                   const float* __restrict__ mean,          // (C,), and the next five
+                   const float* __restrict__ inv_std, const float* __restrict__ gamma,
+                   const float* __restrict__ beta, const float* __restrict__ grad_gamma,
+                   const float* __restrict__ grad_beta, float negative_slope, float inverse_n,
+                   int height, int width, int num_channels, int cells_h, int cells_w) {
   const int channel = first_channel();
   if (channel >= num_channels) return;
   const int cell_x = blockIdx.x % cells_w;

@@ -1,4 +1,5 @@
-// `block_forward`; see `kernels.interface`. Also defined: MAX_POOL, the max-pool's window and stride.
+// `block_forward`; see `kernels.interface`. Also defined: MAX_POOL, the max-pool's window and
+// stride.
 //
 // A block takes the windows that touch one cell of one image: it adds up the cell's positions, and
 // writes the windows that begin in the part of the cell which no later cell holds. So z is read
@@ -9,16 +10,15 @@
 // At a time; a window of several positions is a batch by itself.
 constexpr int kWindows = MAX_POOL == 1 ? kBatch : 1;
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 2) block_forward(
-    const Element* __restrict__ z,     // (N, H, W, C)
-    Element* __restrict__ output,      // (N, H / MAX_POOL, W / MAX_POOL, C)
-    float* __restrict__ s0,      // (N, cells_h, cells_w, C), or null: the output only
-    float* __restrict__ s1,
-    const float* __restrict__ mean,  // (C,), and the next three
-    const float* __restrict__ inv_std,
-    const float* __restrict__ gamma,
-    const float* __restrict__ beta,
-    float negative_slope, int height, int width, int num_channels, int cells_h, int cells_w) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 2)
+    block_forward(const Element* __restrict__ z,  // (N, H, W, C)
+                  Element* __restrict__ output,   // (N, H / MAX_POOL, W / MAX_POOL, C)
+                  float* __restrict__ s0,  // (N, cells_h, cells_w, C), or null: the output only
+                  float* __restrict__ s1,
+                  const float* __restrict__ mean,  // (C,), and the next three
+                  const float* __restrict__ inv_std, const float* __restrict__ gamma,
+                  const float* __restrict__ beta, float negative_slope, int height, int width,
+                  int num_channels, int cells_h, int cells_w) {
   const int cell_x = blockIdx.x % cells_w;
   const int cell_y = blockIdx.x / cells_w % cells_h;
   const long long image = blockIdx.x / (cells_w * cells_h);
@@ -62,8 +62,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 2) block_forward(
         }
 #pragma unroll
         for (int b = 0; b < kWindows; ++b) {
-          const bool is_there = first + b * blockDim.y < num_windows &&
-                                rows.holds(window_y[b] * MAX_POOL + dy);
+          const bool is_there =
+              first + b * blockDim.y < num_windows && rows.holds(window_y[b] * MAX_POOL + dy);
 #pragma unroll
           for (int dx = 0; dx < MAX_POOL; ++dx) {
             const bool is_in_cell = is_there && columns.holds(window_x[b] * MAX_POOL + dx);

@@ -26,11 +26,11 @@ __device__ inline void write_stats(int channel, float mean, float spread, int nu
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads) channel_stats(
-    const Element* __restrict__ z,      // (rows, C)
-    float* __restrict__ partial,  // (3, chunks, C), or null: one chunk, and so the result at once
-    float* __restrict__ mean,     // (C,), and the next one
-    float* __restrict__ inv_std,
-    Running running, float eps, int num_rows, int rows_of_a_chunk, int num_channels) {
+    const Element* __restrict__ z,  // (rows, C)
+    float* __restrict__ partial,    // (3, chunks, C), or null: one chunk, and so the result at once
+    float* __restrict__ mean,       // (C,), and the next one
+    float* __restrict__ inv_std, Running running, float eps, int num_rows, int rows_of_a_chunk,
+    int num_channels) {
   const int channel = first_channel();
   const int begin = blockIdx.x * rows_of_a_chunk;
   const int end = min(begin + rows_of_a_chunk, num_rows);
@@ -102,10 +102,10 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) channel_stats(
   store(place + 2 * step, of_chunk[1]);
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) combine_chunks(
-    const float* __restrict__ partial, float* __restrict__ mean, float* __restrict__ inv_std,
-    Running running, float eps, int num_rows, int rows_of_a_chunk, int num_chunks,
-    int num_channels) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    combine_chunks(const float* __restrict__ partial, float* __restrict__ mean,
+                   float* __restrict__ inv_std, Running running, float eps, int num_rows,
+                   int rows_of_a_chunk, int num_chunks, int num_channels) {
   const int channel = blockIdx.x * blockDim.x + threadIdx.x;
   const bool is_channel = channel < num_channels;
   const float* place = partial + (is_channel ? channel : 0);

@@ -61,9 +61,7 @@ __device__ inline void store(Type* place, const Values& stored) {
 }
 
 // The first of this thread's channels.
-__device__ inline int first_channel() {
-  return (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
-}
+__device__ inline int first_channel() { return (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR; }
 
 __device__ inline int thread_index() { return threadIdx.y * blockDim.x + threadIdx.x; }
 

@@ -17,7 +17,7 @@ constexpr float kNormEps = 1e-12f;
 // A matrix, or a periodic basis that is made where it is needed.
 constexpr int kMatrix = 0, kSine = 1, kSquare = 2;
 
-// -- the basis ------------------------------------------------------------------------------------
+// -- the basis ----------------------------------------------------------------------------------
 
 // Phases are 64-bit integers, 2^64 a turn, so that turns which float32 could not hold fall away by
 // overflow, and no sine in double precision is needed.
@@ -61,8 +61,8 @@ __device__ inline float element_of(const Projection& projection, const Phases* p
                            static_cast<long long>(t) * projection.stride_t];
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) periodic_basis(
-    Projection projection, float* __restrict__ matrix, int length) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    periodic_basis(Projection projection, float* __restrict__ matrix, int length) {
   const Phases phases = phases_of(projection, blockIdx.y);
   const int t = blockIdx.x * blockDim.x + threadIdx.x;
   if (t >= length) return;
@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) periodic_basis(
       wave(phases.first + phases.increment * t);
 }
 
-// -- latents and their gradients --------------------------------------------------------------------
+// -- latents and their gradients ----------------------------------------------------------------
 
 // What p = gamma s1 + beta s0 is made of, and how it is flattened.
 struct Latents {
@@ -162,7 +162,7 @@ __device__ inline float inverse_norm_of(float sum_of_squares) {
   return norm <= kNormEps ? 0.0f : 1.0f / norm;
 }
 
-// -- the loss ---------------------------------------------------------------------------------------
+// -- the loss -----------------------------------------------------------------------------------
 
 struct Loss {
   const long long* labels;  // (N,)
@@ -200,8 +200,8 @@ __device__ inline float softmax_error(const Loss& loss, ProductOf product_of, Wr
   for (int k = lane; k < loss.num_classes; k += kWarp) {
     const float logit = product_of(k) / loss.temperature;
     const float log_probability = logit - highest - log_sum;
-    const float target = (k == label ? 1.0f - loss.label_smoothing : 0.0f) +
-                         loss.label_smoothing / loss.num_classes;
+    const float target =
+        (k == label ? 1.0f - loss.label_smoothing : 0.0f) + loss.label_smoothing / loss.num_classes;
     const float error = (expf(log_probability) - target) / (gridDim.x * loss.temperature);
     own_loss -= target * log_probability;
     radial += error * product_of(k);
@@ -219,18 +219,18 @@ __device__ inline float softmax_error(const Loss& loss, ProductOf product_of, Wr
   return sum_over_warp(radial);
 }
 
-// -- few classes ------------------------------------------------------------------------------------
+// -- few classes --------------------------------------------------------------------------------
 
 // Where t lies in shared memory: one place is left out after every 32, so that neither neighbouring
 // t nor neighbouring channels meet in one bank.
 __device__ inline int padded(int t) { return t + t / kWarp; }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) local_head(
-    Latents latents, Projection projection, Loss loss, int normalize,
-    float* __restrict__ grad_latents,  // (N, cells, C)
-    float* __restrict__ sums,          // (N, 2, C)
-    float* __restrict__ error_out,     // e, (N, K), and q, (N, T); or null: not kept
-    float* __restrict__ q_out) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    local_head(Latents latents, Projection projection, Loss loss, int normalize,
+               float* __restrict__ grad_latents,  // (N, cells, C)
+               float* __restrict__ sums,          // (N, 2, C)
+               float* __restrict__ error_out,     // e, (N, K), and q, (N, T); or null: not kept
+               float* __restrict__ q_out) {
   __shared__ Phases phases[MAX_FEW_CLASSES];
   extern __shared__ float shared[];
   float* latent = shared;                             // p, and then dL/dp
@@ -288,12 +288,12 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) local_head(
   write_gradients(latents, [&](int t) { return latent[padded(t)]; }, grad_latents, sums);
 }
 
-// -- many classes -----------------------------------------------------------------------------------
+// -- many classes -------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) directions(
-    Latents latents, int normalize,
-    float* __restrict__ q,               // (N, T)
-    float* __restrict__ inverse_norms) {  // (N,)
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    directions(Latents latents, int normalize,
+               float* __restrict__ q,                // (N, T)
+               float* __restrict__ inverse_norms) {  // (N,)
   __shared__ float squares[kMaxThreads / kWarp];
   float inverse_norm = 1.0f;
   if (normalize) {
@@ -311,11 +311,11 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) directions(
   for_each_latent(latents, [&](int t, float p) { of_sample[t] = p * inverse_norm; });
 }
 
-extern "C" __global__ void __launch_bounds__(kWarp) errors(
-    Loss loss,
-    const float* __restrict__ products,  // q D^T, (N, K)
-    float* __restrict__ error,           // e, (N, K)
-    float* __restrict__ radials) {       // <q, dL/dq>, (N,)
+extern "C" __global__ void __launch_bounds__(kWarp)
+    errors(Loss loss,
+           const float* __restrict__ products,  // q D^T, (N, K)
+           float* __restrict__ error,           // e, (N, K)
+           float* __restrict__ radials) {       // <q, dL/dq>, (N,)
   const long long begin = static_cast<long long>(blockIdx.x) * loss.num_classes;
   const float radial = softmax_error(
       loss, [&](int k) { return products[begin + k]; },
@@ -323,14 +323,14 @@ extern "C" __global__ void __launch_bounds__(kWarp) errors(
   if (threadIdx.x == 0) radials[blockIdx.x] = radial;
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) gradients(
-    Latents latents, int normalize,
-    const float* __restrict__ grad_q,  // e D, (N, T), and q
-    const float* __restrict__ q,
-    const float* __restrict__ inverse_norms,  // (N,), and the next one
-    const float* __restrict__ radials,
-    float* __restrict__ grad_latents,  // (N, cells, C)
-    float* __restrict__ sums) {        // (N, 2, C)
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    gradients(Latents latents, int normalize,
+              const float* __restrict__ grad_q,  // e D, (N, T), and q
+              const float* __restrict__ q,
+              const float* __restrict__ inverse_norms,  // (N,), and the next one
+              const float* __restrict__ radials,
+              float* __restrict__ grad_latents,  // (N, cells, C)
+              float* __restrict__ sums) {        // (N, 2, C)
   const long long begin = static_cast<long long>(blockIdx.x) * latents.length;
   const float inverse_norm = inverse_norms[blockIdx.x];
   const float radial = normalize ? radials[blockIdx.x] : 0.0f;
@@ -339,14 +339,14 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) gradients(
       grad_latents, sums);
 }
 
-// -- sums over the batch ----------------------------------------------------------------------------
+// -- sums over the batch ------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) sum_up(
-    const float* __restrict__ sums,    // (N, 2, C)
-    const float* __restrict__ losses,  // (N,), and the next one
-    const int* __restrict__ is_correct,
-    float* __restrict__ loss, long long* __restrict__ num_correct, float* __restrict__ grad_gamma,
-    float* __restrict__ grad_beta, int batch_size, int num_channels) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    sum_up(const float* __restrict__ sums,    // (N, 2, C)
+           const float* __restrict__ losses,  // (N,), and the next one
+           const int* __restrict__ is_correct, float* __restrict__ loss,
+           long long* __restrict__ num_correct, float* __restrict__ grad_gamma,
+           float* __restrict__ grad_beta, int batch_size, int num_channels) {
   const int channel = blockIdx.x * blockDim.x + threadIdx.x;
   float of_channel[2] = {};
   if (channel < num_channels) {

@@ -10,15 +10,14 @@ __device__ inline Normalization load_normalization(const float* mean, const floa
           load(beta + channel), negative_slope};
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) partial_gradients(
-    const Element* __restrict__ z,            // (rows, C), and the next one
-    const Element* __restrict__ grad_output,  // dL/dh
-    float* __restrict__ partial,        // (2, chunks, C): of dL/dgamma, and of dL/dbeta
-    const float* __restrict__ mean,     // (C,), and the next three
-    const float* __restrict__ inv_std,
-    const float* __restrict__ gamma,
-    const float* __restrict__ beta,
-    float negative_slope, int num_rows, int rows_of_a_chunk, int num_channels) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    partial_gradients(const Element* __restrict__ z,            // (rows, C), and the next one
+                      const Element* __restrict__ grad_output,  // dL/dh
+                      float* __restrict__ partial,  // (2, chunks, C): of dL/dgamma, and of dL/dbeta
+                      const float* __restrict__ mean,  // (C,), and the next three
+                      const float* __restrict__ inv_std, const float* __restrict__ gamma,
+                      const float* __restrict__ beta, float negative_slope, int num_rows,
+                      int rows_of_a_chunk, int num_channels) {
   const int channel = first_channel();
   const int begin = blockIdx.x * rows_of_a_chunk;
   const int end = min(begin + rows_of_a_chunk, num_rows);
@@ -63,9 +62,9 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) partial_gradients(
   store(place + step, of_beta);
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) sum_gradients(
-    const float* __restrict__ partial, float* __restrict__ grad_gamma,
-    float* __restrict__ grad_beta, int num_chunks, int num_channels) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    sum_gradients(const float* __restrict__ partial, float* __restrict__ grad_gamma,
+                  float* __restrict__ grad_beta, int num_chunks, int num_channels) {
   const int channel = blockIdx.x * blockDim.x + threadIdx.x;
   const bool is_channel = channel < num_channels;
   const float* place = partial + (is_channel ? channel : 0);
@@ -76,8 +75,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) sum_gradients(
     for (int b = 0; b < kBatch; ++b) {
       const int chunk = first + b * blockDim.y;
       const bool is_chunk = chunk < num_chunks;
-      const float* of_chunk =
-          place + static_cast<long long>(is_chunk ? chunk : 0) * num_channels;
+      const float* of_chunk = place + static_cast<long long>(is_chunk ? chunk : 0) * num_channels;
       const float of_gamma = of_chunk[0], of_beta = of_chunk[step];
       sums[0] += is_chunk ? of_gamma : 0.0f;
       sums[1] += is_chunk ? of_beta : 0.0f;
@@ -90,16 +88,14 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) sum_gradients(
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) norm_backward(
-    Element* z,                                // (rows, C); becomes dL/dz
-    const Element* __restrict__ grad_output,   // dL/dh, (rows, C)
-    const float* __restrict__ mean,      // (C,), and the next five
-    const float* __restrict__ inv_std,
-    const float* __restrict__ gamma,
-    const float* __restrict__ beta,
-    const float* __restrict__ grad_gamma,
-    const float* __restrict__ grad_beta,
-    float negative_slope, float inverse_n, int num_rows, int num_channels) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    norm_backward(Element* z,                               // (rows, C); becomes dL/dz
+                  const Element* __restrict__ grad_output,  // dL/dh, (rows, C)
+                  const float* __restrict__ mean,           // (C,), and the next five
+                  const float* __restrict__ inv_std, const float* __restrict__ gamma,
+                  const float* __restrict__ beta, const float* __restrict__ grad_gamma,
+                  const float* __restrict__ grad_beta, float negative_slope, float inverse_n,
+                  int num_rows, int num_channels) {
   const int channel = first_channel();
   if (channel >= num_channels) return;
   const Normalization norm =
