@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from locallearn import UserError
+from locallearn.cli.console import QuietObserver
 from locallearn.data import Dataset, load_dataset
 from locallearn.engine import TrainConfig, Trainer, backend_choice
 from locallearn.engine.backend_choice import choose_measured, choose_run_backend, medians_in_turn
@@ -119,7 +120,10 @@ def test_of_slow_steps_fewer_turns_are_taken(clock: Clock) -> None:
     [
         ({"triton": 3.6, "cuda": 3.1}, ("cuda", "auto: cuda 3.10 ms a step, triton 3.60")),
         ({"triton": 3.1, "cuda": 3.6}, ("triton", "auto: triton 3.10 ms a step, cuda 3.60")),
-        ({"triton": 2.0, "cuda": 2.0}, ("triton", "auto: triton 2.00 ms a step, cuda 2.00")),
+        (  # of equal ones the first; 1/512 s, which adds up exactly
+            {"triton": 1.953125, "cuda": 1.953125},
+            ("triton", "auto: triton 1.95 ms a step, cuda 1.95"),
+        ),
     ],
 )
 def test_the_faster_is_taken_and_both_times_are_told(
@@ -269,10 +273,23 @@ def test_what_is_measured_is_the_run_s_own_step(
 
 
 def test_the_record_tells_what_was_chosen_and_why(tmp_path, monkeypatch) -> None:
-    from locallearn.cli.console import QuietObserver
-
     chosen = ("reference", "auto: reference 1.00 ms a step, compiled 2.00")
     monkeypatch.setattr("locallearn.engine.trainer.choose_run_backend", lambda *_: chosen)
     trainer = Trainer.start(settings(limit_train=64), tmp_path / "run", QuietObserver())
     assert trainer.settings.backend == trainer.learner.backend == "reference"
     assert trainer.run.read_config().data["backend_reason"] == chosen[1]
+
+
+def test_one_process_chooses_for_all(tmp_path, monkeypatch) -> None:
+    """What the others would have measured, they are not asked."""
+
+    class Second(Team):
+        def first(self, make: Callable[[], Any], what: str) -> Any:
+            if what == "choosing a backend":
+                return "reference", "auto: reference 1.00 ms a step, compiled 2.00"
+            return make()
+
+    monkeypatch.setattr("locallearn.engine.trainer.choose_run_backend", None)
+    out = tmp_path / "run"
+    trainer = Trainer.start(settings(limit_train=64), out, QuietObserver(), team=Second())
+    assert trainer.learner.backend == "reference"
