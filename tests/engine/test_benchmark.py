@@ -220,6 +220,28 @@ def test_ops_have_times_and_floors() -> None:
     assert all(each.time_ms > 0 and each.floor_ms > 0 for each in times)
 
 
+def test_a_depthwise_layer_has_ops_of_its_own() -> None:
+    _, times = time_ops(
+        build_model("mobilenet-v1", width=0.125),
+        image_shape=(3, 16, 16),
+        batch_size=2,
+        num_classes=10,
+        backends=("reference",),
+        precision="fp32",
+        device=torch.device("cpu"),
+        num_rounds=1,
+    )
+    found = {(each.block, each.op): each for each in times}
+    first, *separable = dict.fromkeys(each.block for each in times)
+    assert len(separable) == 13
+    assert (first, "depthwise norm_backward") not in found
+    for block in separable:
+        z_bytes = found[block, "depthwise channel_stats"].num_bytes
+        assert found[block, "depthwise norm_backward"].num_bytes == 5 * z_bytes
+        assert found[block, "input gradient"].num_macs == found[block, "layer"].num_macs > 0
+        assert 9 * z_bytes == 4 * found[block, "depthwise layer"].num_macs
+
+
 def test_ops_of_several_backends_stand_beside_each_other(twin) -> None:
     _, times = time_ops(
         build_model("smallconv"),

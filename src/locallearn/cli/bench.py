@@ -56,7 +56,7 @@ def bench(
         typer.Option(
             "--ops",
             help="Also time each op of an LLS step beside the least it could take; of the "
-            "package's own networks.",
+            "package's own networks. Of more than 8 blocks the sums are shown; --json has all.",
         ),
     ] = False,
     json: Annotated[
@@ -266,13 +266,26 @@ def _comparisons(rows: list[dict[str, Any]], backends: tuple[str, ...]) -> list[
     return lines
 
 
+_MOST_COLUMNS = 8  # of blocks
+
+
+def _cells(times_ms: list[float | None]) -> list[str]:
+    """Of every block, empty where it has no such op, and their sum."""
+    from locallearn.analysis import three_digits
+
+    total = sum(ms for ms in times_ms if ms is not None)
+    return ["" if ms is None else three_digits(ms) for ms in (*times_ms, total)]
+
+
 def _op_table(rates: MachineRates, times: list[OpTime]) -> Table:
     """Ops by row, blocks by column: milliseconds by each backend, and the floor below."""
-    from locallearn.analysis import three_digits
     from locallearn.engine.op_benchmark import TORCH
 
     blocks = list(dict.fromkeys(each.block for each in times))
+    found: dict[tuple[str, str, str], OpTime | None]
     found = {(each.op, each.backend, each.block): each for each in times}
+    # Of many blocks the sum alone: a line would not hold all, and the JSON has them.
+    shown = slice(None) if len(blocks) <= _MOST_COLUMNS else slice(-1, None)
     is_alone = len({each.backend for each in times} - {TORCH}) == 1
     table = Table(
         title=f"ms of each op by itself, and below it the least that its bytes or MACs can take "
@@ -283,14 +296,13 @@ def _op_table(rates: MachineRates, times: list[OpTime]) -> Table:
         padding=(0, 1),
     )
     table.add_column("op", no_wrap=True)
-    for name in (*blocks, "sum"):
+    for name in (*blocks, "sum")[shown]:
         table.add_column(name, justify="right", no_wrap=True)
     for op in dict.fromkeys(each.op for each in times):
         of_op = dict.fromkeys(each.backend for each in times if each.op == op)
         for backend in of_op:
-            own = [found[op, backend, block].time_ms for block in blocks]
             label = op if is_alone or backend == TORCH else f"{op}, {backend}"
-            table.add_row(label, *map(three_digits, (*own, sum(own))))
-        least = [found[op, backend, block].floor_ms for block in blocks]
-        table.add_row("  least", *map(three_digits, (*least, sum(least))))
+            own = [found.get((op, backend, block)) for block in blocks]
+            table.add_row(label, *_cells([t.time_ms if t else None for t in own])[shown])
+        table.add_row("  least", *_cells([t.floor_ms if t else None for t in own])[shown])
     return table
