@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CUDA = $(shell git ls-files "*.cu" "*.cuh" "*.h")
 
 .PHONY: run test lint format docs docs-serve clean
 
@@ -38,10 +39,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CUDA)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CUDA)
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

@@ -21,6 +21,7 @@ from locallearn import list_models, list_rules
 from locallearn.cli import main
 from locallearn.data import list_datasets
 from locallearn.engine.run import load_checkpoint
+from locallearn.kernels import BACKENDS, backends
 
 SMALL = ["--epochs", "2", "--limit-train", "400", "--limit-test", "60"]
 
@@ -505,6 +506,43 @@ def test_bench_writes_gate_record_and_rows(capsys, monkeypatch) -> None:
     assert Path("a bar chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_bench_of_two_backends(capsys, monkeypatch) -> None:
+    """The reference under a second name stands in for the other."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr("locallearn.kernels.backends.BACKENDS", (*BACKENDS, "twin"))
+    monkeypatch.setitem(backends._KERNELS, "twin", "reference")
+    files = ["--json", "b.json", "--plot", "b.png"]
+    command = [*BENCH, "--rules", "lls", "--backend", "reference, twin,reference", "--ops", *files]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^  lls: twin  .*$", out, re.M)
+    assert re.search(r"^lls \(reference\) .*\nlls \(twin\) ", out, re.M)
+    assert re.search(r"^bp \(eager, reference update\)\*? ", out, re.M)
+    assert re.search(r"^twin against reference, times faster .*: lls \d", out, re.M)
+    rows = r"^layer .*\n  least .*\nchannel_stats, reference .*\nchannel_stats, twin .*\n  least "
+    assert re.search(rows, out, re.M)
+    document = json.loads(Path("b.json").read_text())
+    assert document["record"]["settings"]["backend"] == "reference,twin"
+    assert {"reference", "twin"} < {row["backend"] for row in document["rows"]}
+    assert {"reference", "twin", "torch"} == {each["backend"] for each in document["ops"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "expected"),
+    [
+        ("auto", "cuda", ("triton", "cuda")),
+        ("cuda,auto", "cuda", ("cuda", "triton")),
+        ("reference,auto", "cuda", ("reference", "triton", "cuda")),
+        ("reference", "cpu", ("reference",)),
+    ],
+)
+def test_which_backends_bench_compares(given, device, expected, monkeypatch) -> None:
+    from locallearn.cli.bench import _chosen_backends
+
+    monkeypatch.setattr("locallearn.kernels.backends.missing_for", lambda *_: None)
+    assert _chosen_backends(given, device) == expected
+
+
 def test_a_red_gate_shows_no_figures_and_fails(capsys, monkeypatch) -> None:
     monkeypatch.setattr("locallearn.engine.benchmark._GATE_FLOOR_AT_ALL", {"fp32": -10.0})
     assert main([*BENCH, "--rules", "lls", "--backend", "reference", "--json", "b.json"]) == 1
@@ -527,7 +565,10 @@ def test_a_red_gate_shows_no_figures_and_fails(capsys, monkeypatch) -> None:
         (["bench", "--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["bench", "--batch-size", "1"], "--batch-size must be at least 2, got 1"),
         (["bench", "--backend", "autograd"], "bench compares the closed form"),
-        (["bench", "--backend", "cuda"], "unknown backend 'cuda'"),
+        (["bench", "--backend", "reference,autograd"], "bench compares the closed form"),
+        (["bench", "--backend", ","], "--backend is empty; name one or more, separated by commas"),
+        (["bench", "--backend", "numpy"], "unknown backend 'numpy'"),
+        (["bench", "--backend", "cuda", "--device", "cpu"], "needs a CUDA device, and this is cpu"),
         (["bench", "--model", "vgg9"], "unknown model 'vgg9'"),
         (["train", "--backend", "tritn"], "unknown backend 'tritn'. Did you mean 'triton'"),
     ],

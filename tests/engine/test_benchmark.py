@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
 
 import pytest
@@ -12,10 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from locallearn import LocalLearner, UserError, build_model
 from locallearn.engine import benchmark
 from locallearn.engine.allocator import keep_freed_memory
-from locallearn.engine.benchmark import BenchmarkConfig, Spread, run_benchmark, same_weights
+from locallearn.engine.benchmark import (
+    BenchmarkConfig,
+    Side,
+    Spread,
+    run_benchmark,
+    same_weights,
+)
 from locallearn.engine.graphs import can_be_graphed
-from locallearn.engine.op_benchmark import measure_rates, time_ops
-from locallearn.kernels import load_kernels
+from locallearn.engine.op_benchmark import TORCH, measure_rates, time_ops
+from locallearn.kernels import BACKENDS, backends, load_kernels
 
 CONFIG = BenchmarkConfig(
     model="smallconv",
@@ -25,7 +32,7 @@ CONFIG = BenchmarkConfig(
     num_classes=10,
     precision="fp32",
     device="cpu",
-    backend="reference",
+    backends=("reference",),
     num_rounds=3,
 )
 
@@ -68,6 +75,73 @@ def test_rows_of_a_green_gate(without_compiling) -> None:
     memory = {row["path"]: row["peak_activation_mib"] for row in result.rows if row["rule"] == "bp"}
     assert memory["fused-optimizer"] < memory["backprop"]
     assert "round 3 of 3" in told
+
+
+@pytest.fixture
+def twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference under a second name, which stands in for another backend."""
+    monkeypatch.setattr("locallearn.kernels.backends.BACKENDS", (*BACKENDS, "twin"))
+    monkeypatch.setitem(backends._KERNELS, "twin", "reference")
+
+
+def test_several_backends_run_beside_each_other(without_compiling, twin) -> None:
+    config = dataclasses.replace(CONFIG, rules=("lls", "dfa"), backends=("reference", "twin"))
+    result = run_benchmark(config, build())
+    assert result.gate.is_green
+    checked = ("autograd", "reference", "twin")
+    assert set(result.gate.errors) == {f"{r}: {b}" for r in ("lls", "dfa") for b in checked}
+    sides = [(row["rule"], row["path"], row["backend"], row.get("update")) for row in result.rows]
+    assert len(set(sides)) == len(sides)
+    assert sides[:4] == [
+        ("lls", "closed form", "reference", None),
+        ("lls", "closed form", "twin", None),
+        ("lls", "generic", "autograd", None),
+        ("dfa", "generic", "autograd", None),  # which has no closed form by either
+    ]
+    tuned = [("bp", "backprop", how) for how in ("eager", "compiled")]
+    assert sides[4:8] == [(*each, update) for update in ("reference", "twin") for each in tuned]
+    compared = [row for row in result.rows if "speedup_vs_reference_median" in row]
+    assert [(row["rule"], row["backend"]) for row in compared] == [("lls", "twin")]
+
+
+def test_ratios_are_to_the_first_backend_round_by_round() -> None:
+    """compiled is also how a backpropagation may be run, which is compared with bp alone."""
+
+    def side(rule: str, path: str, backend: str, *times_ms: float) -> Side:
+        is_tuned = rule == "bp"
+        return Side(rule, path, backend, lambda *_: None, is_tuned, times_ms=list(times_ms))
+
+    sides = [
+        side("lls", "closed form", "compiled", 2.0, 4.0, 12.0),
+        side("lls", "closed form", "reference", 1.0, 1.0, 4.0),
+        side("lls", "generic", "autograd", 1.0, 1.0, 1.0),
+        side("bp", "backprop", "compiled", 1.0, 1.0, 1.0),
+        side("bp", "backprop", "eager", 9.0, 9.0, 9.0),
+    ]
+    for each in sides:
+        each.peak_activation_mib = 1.0
+    rows = benchmark._rows(sides, 8, "compiled")
+    assert [row.get("speedup_vs_compiled_median") for row in rows] == [None, 3.0, None, None, None]
+    assert rows[1]["speedup_vs_tuned_bp_median"] == 1.0
+
+
+def test_a_wrong_second_backend_turns_the_gate_red(twin, monkeypatch) -> None:
+    honest = load_kernels("reference")
+
+    def wrong_backward(z, *args, **kwargs):
+        return honest.block_backward(z, *args, **kwargs).mul_(1.001)
+
+    names = {name: getattr(honest, name) for name in honest.__all__}
+    broken = types.SimpleNamespace(**(names | {"block_backward": wrong_backward}))
+    monkeypatch.setattr(
+        "locallearn.engine.units.base.load_kernels",
+        lambda backend: broken if backend == "twin" else load_kernels(backend),
+    )
+    config = dataclasses.replace(CONFIG, rules=("lls",), backends=("reference", "twin"))
+    result = run_benchmark(config, build())
+    assert not result.gate.is_green
+    assert result.rows == []
+    assert result.gate.errors["lls: reference"] < 1e-4 < result.gate.errors["lls: twin"]
 
 
 def test_a_wrong_kernel_turns_the_gate_red_and_there_are_no_figures(monkeypatch) -> None:
@@ -131,7 +205,7 @@ def test_ops_have_times_and_floors() -> None:
         image_shape=(3, 8, 8),
         batch_size=4,
         num_classes=10,
-        backend="reference",
+        backends=("reference",),
         precision="fp32",
         device=torch.device("cpu"),
         num_rounds=1,
@@ -139,10 +213,34 @@ def test_ops_have_times_and_floors() -> None:
     assert rates.bandwidth_gb_s > 0.1
     assert rates.macs_g_s > 0.1
     assert {each.block for each in times} == {"conv1", "conv2", "conv3", "linear1"}
+    assert {each.backend for each in times} == {"reference", TORCH}
     by_name = {(each.block, each.op): each for each in times}
     assert by_name["conv1", "layer"].num_macs == 4 * 27 * 32 * 64
     assert by_name["conv1", "block_backward"].num_bytes == 2 * 4 * 4 * 32 * 64 + 4 * 4 * 512
     assert all(each.time_ms > 0 and each.floor_ms > 0 for each in times)
+
+
+def test_ops_of_several_backends_stand_beside_each_other(twin) -> None:
+    _, times = time_ops(
+        build_model("smallconv"),
+        image_shape=(3, 8, 8),
+        batch_size=4,
+        num_classes=10,
+        backends=("reference", "twin"),
+        precision="fp32",
+        device=torch.device("cpu"),
+        num_rounds=1,
+    )
+    of_conv1 = [each for each in times if each.block == "conv1"]
+    by_op = {each.op: [] for each in of_conv1}
+    for each in of_conv1:
+        by_op[each.op].append(each)
+    of_torch = {"layer", "weight gradient"}
+    for op, found in by_op.items():
+        expected = [TORCH] if op in of_torch else ["reference", "twin"]
+        assert [each.backend for each in found] == expected
+        assert len({each.floor_ms for each in found}) == 1
+    assert of_torch < set(by_op)
 
 
 class Products(TorchDispatchMode):

@@ -13,8 +13,8 @@ from locallearn import LocalLearner, UserError, build_model, build_rule
 from locallearn.analysis import step_cost
 from locallearn.data import load_dataset
 from locallearn.engine import TrainConfig
+from locallearn.engine.backend_choice import choose_run_backend, count_normalized
 from locallearn.engine.blocks import recognize
-from locallearn.engine.building import choose_run_backend, count_normalized
 from locallearn.engine.learner import COMPILE_AFTER
 from locallearn.engine.measuring import peak_memory_bytes
 from locallearn.models import Block, BlockNetwork, ConvBlock, DepthwiseSeparableBlock, LinearBlock
@@ -361,7 +361,7 @@ def test_a_state_brings_its_backend_along(monkeypatch) -> None:
 
 def test_how_a_run_chooses_its_backend(monkeypatch) -> None:
     data = load_dataset("digits")
-    monkeypatch.setattr("locallearn.engine.building.choose_backend", lambda *args: "compiled")
+    monkeypatch.setattr("locallearn.engine.backend_choice.choose_backend", lambda *args: "compiled")
 
     def chosen(**settings) -> tuple[str, str]:
         return choose_run_backend(TrainConfig(device="cpu", **settings).resolve(), data)
@@ -384,11 +384,12 @@ def test_how_many_values_the_norms_see() -> None:
 
 def test_backends_that_cannot_run_are_refused(monkeypatch) -> None:
     model = build_model("smallconv")
-    with pytest.raises(UserError, match=r"unknown backend 'cuda'. .*Valid: auto, autograd"):
-        LocalLearner(model, "lls", backend="cuda")
+    with pytest.raises(UserError, match=r"unknown backend 'numpy'. .*Valid: auto, autograd"):
+        LocalLearner(model, "lls", backend="numpy")
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match=r"'triton' needs a CUDA device, and this is cpu. Use"):
-            LocalLearner(model, "lls", backend="triton")
+        for name in ("triton", "cuda"):
+            with pytest.raises(UserError, match=rf"'{name}' needs a CUDA device, and this is cpu"):
+                LocalLearner(model, "lls", backend=name)
     monkeypatch.setattr("locallearn.kernels.backends.cxx_compiler", lambda: None)
     with pytest.raises(UserError, match=r"'compiled' needs a C\+\+ compiler"):
         LocalLearner(model, "lls", backend="compiled")

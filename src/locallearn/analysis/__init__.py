@@ -2,7 +2,7 @@
 
 from locallearn.analysis.blocks import BlockCost, ModelCost, count_blocks
 from locallearn.analysis.cost import Cost, run_cost, step_cost
-from locallearn.analysis.figures import plot_benchmark, plot_confusion, side_name
+from locallearn.analysis.figures import plot_benchmark, plot_confusion, side_name, three_digits
 from locallearn.analysis.mean_std import MeanStd
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "run_cost",
     "side_name",
     "step_cost",
+    "three_digits",
 ]

@@ -41,7 +41,11 @@ def bench(
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[
-        str, typer.Option(help="Of the closed form: auto, compiled, triton or reference.")
+        str,
+        typer.Option(
+            help="Of the closed form: auto, compiled, triton, cuda or reference; several by commas "
+            "run beside each other. auto is compiled on the CPU, and on CUDA triton and cuda both."
+        ),
     ] = "auto",
     threads: Annotated[
         int | None, typer.Option(help="CPU threads. Default: one a core.", show_default=False)
@@ -73,7 +77,6 @@ def bench(
     from locallearn.engine.files import check_target, write_atomically, write_json
     from locallearn.engine.op_benchmark import time_ops
     from locallearn.errors import unknown_name
-    from locallearn.kernels import choose_backend, missing_for
     from locallearn.models import BlockNetwork, build_model, is_foreign
     from locallearn.rules import parse_rule
 
@@ -89,10 +92,7 @@ def bench(
     place = choose_device(device)
     if place == "mps":
         raise UserError("bench measures on cpu and cuda; use --device cpu.")
-    chosen = choose_backend(backend, place)
-    if chosen == "autograd":
-        missing = missing_for("compiled", place) or "is left out by --backend autograd"
-        raise UserError(f"bench compares the closed form, and backend compiled {missing}.")
+    backends = _chosen_backends(backend, place)
     if threads is not None:
         torch.set_num_threads(threads)
     keeps_memory = place == "cpu" and keep_freed_memory()
@@ -104,7 +104,7 @@ def bench(
         num_classes=classes,
         precision=precision,
         device=place,
-        backend=chosen,
+        backends=backends,
         num_rounds=rounds,
     )
     if not config.rules:
@@ -134,7 +134,7 @@ def bench(
                 image_shape=config.image_shape,
                 batch_size=batch_size,
                 num_classes=classes,
-                backend=config.backend,
+                backends=config.backends,
                 precision=precision,
                 device=torch.device(place),
             )
@@ -150,9 +150,11 @@ def bench(
                 bytes_per_value=2 if precision == "bf16" else 4,
             )
             row["counted_activation_mib"] = cost.peak_activation_mib  # as `locallearn cost`
+    settings = asdict(config)
+    settings["backend"] = ",".join(settings.pop("backends"))
     record: dict[str, Any] = {
         "command": running_command(),
-        "settings": asdict(config),
+        "settings": settings,
         "num_threads": torch.get_num_threads(),
         "keeps_freed_memory": keeps_memory,
         "environment": describe_environment(place),
@@ -176,6 +178,8 @@ def bench(
     print(title)
     console.print(_table(result.rows))
     print(_LEGEND)
+    for line in _comparisons(result.rows, backends):
+        print(line)
     if timed is not None:
         console.print(_op_table(*timed))
     if json is not None:
@@ -185,6 +189,28 @@ def bench(
         write_atomically(target, plot_benchmark(result.rows, title, target))
         print(f"bar chart written to {plot}")
     return 0
+
+
+def _chosen_backends(given: str, device: str) -> tuple[str, ...]:
+    """The backends that are named, each once; on CUDA "auto" is all of those made for it.
+
+    Raises:
+        UserError: none, one that can't run on the device, or none with a closed form.
+    """
+    from locallearn.kernels import choose_backend, fastest_candidates, missing_for
+
+    chosen: list[str] = []
+    for name in (each.strip() for each in given.split(",")):
+        if not name:
+            continue
+        rivals = fastest_candidates(device) if name == "auto" else []
+        chosen += rivals or [choose_backend(name, device)]
+    if not chosen:
+        raise UserError("--backend is empty; name one or more, separated by commas.")
+    if "autograd" in chosen:
+        missing = missing_for("compiled", device) or "is left out by --backend autograd"
+        raise UserError(f"bench compares the closed form, and backend compiled {missing}.")
+    return tuple(dict.fromkeys(chosen))
 
 
 def _title(config: BenchmarkConfig, record: dict[str, Any]) -> str:
@@ -204,17 +230,17 @@ def _print_gate(gate: GateResult) -> None:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    from locallearn.analysis import side_name
+    from locallearn.analysis import side_name, three_digits
 
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    table.add_column("side", no_wrap=True)
+    table.add_column("side", overflow="fold")  # narrow terminals take from it alone
     for heading in ("ms a step", "p20-p80", "x bp*", "images/s", "MiB", "of bp*"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             side_name(row) + ("*" if row["is_tuned_bp"] else ""),
-            f"{row['step_time_ms_median']:.1f}",
-            f"{row['step_time_ms_p20']:.1f}-{row['step_time_ms_p80']:.1f}",
+            three_digits(row["step_time_ms_median"]),
+            f"{three_digits(row['step_time_ms_p20'])}-{three_digits(row['step_time_ms_p80'])}",
             f"{row['speedup_vs_tuned_bp_median']:.2f}",
             f"{row['images_per_second']:,.0f}",
             f"{row['peak_activation_mib']:.1f}",
@@ -223,10 +249,31 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _comparisons(rows: list[dict[str, Any]], backends: tuple[str, ...]) -> list[str]:
+    """A line for each backend but the first: how many times faster than that one its steps are."""
+    first, *others = backends
+    lines = []
+    for backend in others:
+        said = [
+            f"{row['rule']}{row['path'].removeprefix('closed form')} "
+            f"{row[f'speedup_vs_{first}_median']:.2f} "
+            f"({row[f'speedup_vs_{first}_p20']:.2f}-{row[f'speedup_vs_{first}_p80']:.2f})"
+            for row in rows
+            if row["backend"] == backend and f"speedup_vs_{first}_median" in row
+        ]
+        if said:
+            lines.append(f"{backend} against {first}, times faster (p20-p80): {'; '.join(said)}")
+    return lines
+
+
 def _op_table(rates: MachineRates, times: list[OpTime]) -> Table:
-    """Ops by row, blocks by column: milliseconds, and the floor below."""
+    """Ops by row, blocks by column: milliseconds by each backend, and the floor below."""
+    from locallearn.analysis import three_digits
+    from locallearn.engine.op_benchmark import TORCH
+
     blocks = list(dict.fromkeys(each.block for each in times))
-    found = {(each.op, each.block): each for each in times}
+    found = {(each.op, each.backend, each.block): each for each in times}
+    is_alone = len({each.backend for each in times} - {TORCH}) == 1
     table = Table(
         title=f"ms of each op by itself, and below it the least that its bytes or MACs can take "
         f"({rates.bandwidth_gb_s:.0f} GB/s, {rates.macs_g_s:,.0f} GMAC/s here)",
@@ -239,10 +286,11 @@ def _op_table(rates: MachineRates, times: list[OpTime]) -> Table:
     for name in (*blocks, "sum"):
         table.add_column(name, justify="right", no_wrap=True)
     for op in dict.fromkeys(each.op for each in times):
-        own = [found[op, block] for block in blocks]
-        for label, values in (
-            (op, [each.time_ms for each in own]),
-            ("  least", [each.floor_ms for each in own]),
-        ):
-            table.add_row(label, *(f"{v:.2f}" for v in values), f"{sum(values):.2f}")
+        of_op = dict.fromkeys(each.backend for each in times if each.op == op)
+        for backend in of_op:
+            own = [found[op, backend, block].time_ms for block in blocks]
+            label = op if is_alone or backend == TORCH else f"{op}, {backend}"
+            table.add_row(label, *map(three_digits, (*own, sum(own))))
+        least = [found[op, backend, block].floor_ms for block in blocks]
+        table.add_row("  least", *map(three_digits, (*least, sum(least))))
     return table

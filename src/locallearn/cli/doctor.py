@@ -17,7 +17,13 @@ def doctor() -> None:
     from locallearn.data.dataset import default_data_dir, free_memory_bytes
     from locallearn.engine import choose_device
     from locallearn.engine.environment import device_name, git_commit, package_versions
-    from locallearn.kernels import BACKENDS, choose_backend, cxx_compiler, missing_for
+    from locallearn.kernels import (
+        BACKENDS,
+        choose_backend,
+        cxx_compiler,
+        fastest_candidates,
+        missing_for,
+    )
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -56,6 +62,9 @@ def doctor() -> None:
     print(f"\n--device auto means {device}: {why}.")
     backend = choose_backend("auto", device)
     where = ", on a run long enough for compiling to pay" if backend == "compiled" else ""
+    rivals = fastest_candidates(device)
+    if len(rivals) > 1:
+        where = f", and in a run the faster of {' and '.join(rivals)}, which it measures"
     print(f"--backend auto means {backend} there{where}.")
     for name in BACKENDS[1:]:
         if missing := missing_for(name, device):

@@ -196,8 +196,8 @@ def finetune(
     backend: Annotated[
         str,
         _option(
-            "How blocks are updated: auto, autograd, or in closed form by reference, compiled or "
-            "triton. Default: auto.",
+            "How blocks are updated: auto, autograd, or in closed form by reference, compiled, "
+            "triton or cuda. Default: auto.",
             _COMPUTE,
         ),
     ] = "auto",

@@ -47,7 +47,10 @@ def plan(
     ] = "auto",
     backend: Annotated[
         str,
-        typer.Option(help="Of the closed form: auto, compiled, triton, reference, autograd."),
+        typer.Option(
+            help="Of the closed form: auto (triton on CUDA), compiled, triton, cuda, reference, "
+            "autograd."
+        ),
     ] = "auto",
     num_threads: Annotated[int, typer.Option(help="CPU threads of each process.")] = 1,
     beside: Annotated[

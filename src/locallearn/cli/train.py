@@ -220,8 +220,9 @@ def train(
     backend: Annotated[
         str,
         _option(
-            "How blocks are updated: auto, autograd, or in closed form by reference, compiled or "
-            "triton. Default: auto (triton on CUDA; on the CPU compiled, if the run is long).",
+            "How blocks are updated: auto, autograd, or in closed form by reference, compiled, "
+            "triton or cuda. Default: auto (on CUDA the faster of triton and cuda, measured at the "
+            "start; on the CPU compiled, if the run is long).",
             _COMPUTE,
         ),
     ] = "auto",

@@ -85,6 +85,10 @@ class ProcessTeam(Team):
         return self._processes.replica
 
     @property
+    def num_replicas(self) -> int:  # type: ignore[override]
+        return self._processes.parallelism.num_replicas
+
+    @property
     def synchronizes_batch_norm(self) -> bool:  # type: ignore[override]
         return self._synchronize_batch_norm
 

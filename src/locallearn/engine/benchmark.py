@@ -5,14 +5,16 @@ reference. Then the sides in turn (A B C A B C ...), so that a machine that slow
 them, and ratios are taken round by round.
 
 Every side has the same network, batch, optimizer, precision and memory format. Backpropagation is
-tuned as hard as what it stands beside: channels-last, its update through the same kernel, eager and
-compiled, on CUDA also captured in a graph; the fastest of these is what ratios refer to.
+tuned as hard as what it stands beside: channels-last, its update through the same kernel (through
+each one's, of several backends), eager and compiled, on CUDA also captured in a graph; the fastest
+of these is what ratios refer to.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -51,7 +53,8 @@ _GRAPH_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What is measured. Meanings and units are those of the command line's help."""
+    """What is measured. Meanings and units are those of the command line's help; ``backends`` are
+    of the closed form, beside each other."""
 
     model: str
     rules: tuple[str, ...]
@@ -60,7 +63,7 @@ class BenchmarkConfig:
     num_classes: int
     precision: str
     device: str
-    backend: str
+    backends: tuple[str, ...]
     num_rounds: int
     seed: int = 0
 
@@ -76,6 +79,7 @@ class Side:
         step: takes images and labels.
         is_tuned_bp: whether it may be what ratios refer to.
         graphed: of a captured step its learner, and one that takes the same steps as they are.
+        update: of a backpropagation the backend of its update, where several are compared.
     """
 
     rule: str
@@ -84,8 +88,15 @@ class Side:
     step: Step
     is_tuned_bp: bool = False
     graphed: tuple[LocalLearner, LocalLearner] | None = None
+    update: str | None = None
     times_ms: list[float] = field(default_factory=list)
     peak_activation_mib: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """In a message or among the gate's errors."""
+        words = f"{self.rule}: {self.path}, {self.backend}"
+        return words if self.update is None else f"{words}, {self.update} update"
 
 
 @dataclass(frozen=True)
@@ -151,14 +162,14 @@ def run_benchmark(
 
     if is_foreign(config.model):
         check_logits(config.model, build().to(device), images[:2], config.num_classes)
-    backend = choose_backend(config.backend, config.device)
-    gate = _check(config, build, backend, images, labels, on_progress)
+    backends = [choose_backend(name, config.device) for name in config.backends]
+    gate = _check(config, build, backends, images, labels, on_progress)
     if not gate.is_green:
         return BenchmarkResult(gate, [])
 
-    sides = _sides(config, build, backend, images, labels)
+    sides = _sides(config, build, backends, images, labels)
     for side in sides:
-        on_progress(f"first steps of {side.rule}, {side.path}, {side.backend}")
+        on_progress(f"first steps of {side.name}")
         # A graph allocates what it needs when it is captured, and nothing when it is replayed.
         for _ in range(NUM_WARM_UP_STEPS):
             side.step(images, labels)
@@ -178,7 +189,7 @@ def run_benchmark(
         first = number % len(sides)
         for side in sides[first:] + sides[:first]:
             side.times_ms.append(_time_ms(side.step, images, labels, device))
-    return BenchmarkResult(gate, _rows(sides, config.batch_size))
+    return BenchmarkResult(gate, _rows(sides, config.batch_size, backends[0]))
 
 
 def _time_ms(step: Step, images: Tensor, labels: Tensor, device: torch.device) -> float:
@@ -191,15 +202,19 @@ def _time_ms(step: Step, images: Tensor, labels: Tensor, device: torch.device) -
     return 1000 * (time.perf_counter() - began)
 
 
-def _rows(sides: list[Side], batch_size: int) -> list[dict[str, Any]]:
+def _rows(sides: list[Side], batch_size: int, first_backend: str) -> list[dict[str, Any]]:
     tuned = min(
         (side for side in sides if side.is_tuned_bp),
         key=lambda side: statistics.median(side.times_ms),
     )
+    firsts = {
+        (side.rule, side.path): side.times_ms
+        for side in sides
+        if side.path.startswith("closed form") and side.backend == first_backend
+    }
     rows = []
     for side in sides:
         times = Spread.of(side.times_ms)
-        ratios = [bp / own for bp, own in zip(tuned.times_ms, side.times_ms, strict=True)]
         row: dict[str, Any] = {
             "rule": side.rule,
             "path": side.path,
@@ -209,11 +224,21 @@ def _rows(sides: list[Side], batch_size: int) -> list[dict[str, Any]]:
             "peak_activation_mib": side.peak_activation_mib,
             "activation_vs_tuned_bp": side.peak_activation_mib / tuned.peak_activation_mib,
         }
+        if side.update is not None:
+            row["update"] = side.update
         row |= {f"step_time_ms_{name}": value for name, value in asdict(times).items()}
-        spread = asdict(Spread.of(ratios))
-        row |= {f"speedup_vs_tuned_bp_{name}": value for name, value in spread.items()}
+        row |= _speedups("tuned_bp", tuned.times_ms, side.times_ms)
+        first = firsts.get((side.rule, side.path))
+        if first is not None and side.backend != first_backend:
+            row |= _speedups(first_backend, first, side.times_ms)
         rows.append(row)
     return rows
+
+
+def _speedups(name: str, theirs: list[float], own: list[float]) -> dict[str, float]:
+    """How many times faster than another side, round by round."""
+    spread = asdict(Spread.of([a / b for a, b in zip(theirs, own, strict=True)]))
+    return {f"speedup_vs_{name}_{of}": value for of, value in spread.items()}
 
 
 # -- the gate -----------------------------------------------------------------------------------
@@ -222,7 +247,7 @@ def _rows(sides: list[Side], batch_size: int) -> list[dict[str, Any]]:
 def _check(
     config: BenchmarkConfig,
     build: Callable[[], nn.Module],
-    backend: str,
+    backends: Sequence[str],
     images: Tensor,
     labels: Tensor,
     on_progress: Callable[[str], None],
@@ -275,7 +300,7 @@ def _check(
         exact = gradients(rule, "autograd", "fp32", True)
         plain = _errors(gradients(rule, "autograd", config.precision, False), exact)
         errors[f"{rule}: autograd"] = max(error.at_all for error in plain.values())
-        for checked in dict.fromkeys(("reference", backend)):
+        for checked in dict.fromkeys(("reference", *backends)):
             ours = _errors(gradients(rule, checked, config.precision, False), exact)
             errors[f"{rule}: {checked}"] = max(error.at_all for error in ours.values())
             for block, error in ours.items():
@@ -343,7 +368,7 @@ def _check_graphs(sides: list[Side], images: Tensor, labels: Tensor) -> dict[str
             ((p - q).norm() / q.norm().clamp_min(1e-12)).item()
             for p, q in zip(graphed.parameters(), twin.parameters(), strict=True)
         ]
-        errors[f"{side.rule}: {side.path}, {side.backend}"] = max(shares)
+        errors[side.name] = max(shares)
     return errors
 
 
@@ -353,7 +378,7 @@ def _check_graphs(sides: list[Side], images: Tensor, labels: Tensor) -> dict[str
 def _sides(
     config: BenchmarkConfig,
     build: Callable[[], nn.Module],
-    backend: str,
+    backends: Sequence[str],
     images: Tensor,
     labels: Tensor,
 ) -> list[Side]:
@@ -376,30 +401,32 @@ def _sides(
     # Not every rule's blocks have a closed form: what has none is there once.
     closed = []
     for rule in config.rules:
-        fast = learner(rule, backend)
-        if "closed form" in fast.block_paths.values():
+        fast = {backend: learner(rule, backend) for backend in backends}
+        if "closed form" in fast[backends[0]].block_paths.values():
             closed.append(rule)
-            sides.append(Side(rule, "closed form", backend, fast.step))
+            sides += [Side(rule, "closed form", name, each.step) for name, each in fast.items()]
         sides.append(Side(rule, "generic", "autograd", learner(rule, "autograd").step))
-    sides.append(Side("bp", "backprop", "eager", learner("bp", backend).step, True))
-    sides.append(
-        Side("bp", "backprop", "compiled", learner("bp", backend, compile=True).step, True)
-    )
+    updates = {backend: backend if len(backends) > 1 else None for backend in backends}
+    for backend, update in updates.items():
+        for how, compiled in (("eager", False), ("compiled", True)):
+            step = learner("bp", backend, compile=compiled).step
+            sides.append(Side("bp", "backprop", how, step, True, update=update))
     if config.device == "cuda":
-        for rule in closed:
-            for overlap in (False, True):
-                path = "closed form, graph" + (", overlapped" if overlap else "")
-                captured = learner(rule, backend, overlap_updates=overlap)
-                pair = (captured, learner(rule, backend))
-                sides.append(Side(rule, path, backend, GraphedStep(captured), graphed=pair))
-        for compiled in (False, True):
-            captured = learner("bp", backend, compile=compiled)
-            pair = (captured, learner("bp", backend, compile=compiled))
-            how = "compiled" if compiled else "eager"
-            step = GraphedStep(captured)
-            sides.append(Side("bp", "backprop, graph", how, step, True, graphed=pair))
+        for rule, backend, overlap in itertools.product(closed, backends, (False, True)):
+            path = "closed form, graph" + (", overlapped" if overlap else "")
+            captured = learner(rule, backend, overlap_updates=overlap)
+            pair = (captured, learner(rule, backend))
+            sides.append(Side(rule, path, backend, GraphedStep(captured), graphed=pair))
+        for backend, update in updates.items():
+            for how, compiled in (("eager", False), ("compiled", True)):
+                captured = learner("bp", backend, compile=compiled)
+                pair = (captured, learner("bp", backend, compile=compiled))
+                graphed = GraphedStep(captured)
+                sides.append(
+                    Side("bp", "backprop, graph", how, graphed, True, graphed=pair, update=update)
+                )
     for form in _SAVING_FORMS:
-        saving = learner(f"bp:bp_memory={form}", backend)
+        saving = learner(f"bp:bp_memory={form}", backends[0])
         sides.append(Side("bp", form, "eager", saving.step))
     return sides
 

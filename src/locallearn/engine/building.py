@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,21 +16,18 @@ from locallearn.data import (
     ImageLoader,
     ImageSource,
     InputSpec,
+    MemoryImages,
     load_dataset,
 )
 from locallearn.data.dataset import free_memory_bytes
 from locallearn.data.loader import EpochLoader
-from locallearn.engine.batch_norm import check_can_synchronize
-from locallearn.engine.blocks import freeze, needs_batch, plan_blocks
 from locallearn.engine.config import TrainConfig
-from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
+from locallearn.engine.learner import LocalLearner
 from locallearn.engine.optimizers import optimizer_spec
 from locallearn.engine.statistics import BATCH_STATISTICS_FROM
 from locallearn.errors import UserError
-from locallearn.kernels import choose_backend, missing_for
-from locallearn.models import Block, build_model, is_foreign
+from locallearn.models import build_model, is_foreign
 from locallearn.models.sources import check_foreign, check_logits, model_digest
-from locallearn.rules import HeadSpec, LatentHead, LocalRule
 
 # Batches that BatchNorm's running statistics are re-estimated on before an evaluation, where the
 # optimizer evaluates at other weights than it trains at (as the authors do).
@@ -176,115 +172,10 @@ def build_learner(
     )
 
 
-def choose_run_backend(
-    settings: TrainConfig, dataset: Dataset, *, synchronize_batch_norm: bool = False
-) -> tuple[str, str]:
-    """The backend of a run, "auto" made definite, and why: on the CPU compiled where it will pay.
-
-    Arguments:
-        settings: resolved.
-        dataset: what it trains on; tells how many steps there will be.
-        synchronize_batch_norm: whether replicas normalise by whole batches.
-
-    Raises:
-        UserError: settings that synchronized BatchNorm does not go with.
-    """
-    assert settings.device is not None
-    assert settings.epochs is not None
-    if synchronize_batch_norm:
-        check_can_synchronize(
-            closed_form=settings.backend not in ("auto", "autograd"),
-            is_compiled=settings.compile,
-            num_accumulated=getattr(settings.build_rule(), "num_accumulated", 1),
-        )
-        return "autograd", "BatchNorm is synchronized"
-    backend = choose_backend(settings.backend, settings.device)
-    if settings.backend != "auto":
-        return backend, "as asked"
-    if backend != "compiled":
-        missing = missing_for("compiled", settings.device) if settings.device == "cpu" else None
-        return backend, f"auto: compiled {missing}" if missing else "auto: the fastest here"
-    num_blocks, num_values = 0, 0
-    if _is_latent(settings):
-        count = _count_recognized if is_foreign(settings.model) else _count_own
-        num_blocks, num_values = count(settings, dataset)
-    if num_blocks == 0:
-        return "autograd", "auto: rule and blocks have no closed form"
-    total = num_values * len(dataset.train) * settings.epochs
-    if total > COMPILE_AFTER * num_blocks:
-        return "compiled", "auto: the run is long enough for compiling to pay"
-    return "autograd", "auto: the run is too short for compiling to pay"
-
-
-def _is_latent(settings: TrainConfig) -> bool:
-    """Whether the rule's heads read pooled latents, of one block each."""
-    rule = settings.build_rule()
-    if not isinstance(rule, LocalRule) or settings.group_blocks > 1:
-        return False
-    return isinstance(rule.build_head(HeadSpec(4, 2, num_channels=4)), LatentHead)
-
-
-def _count_own(settings: TrainConfig, dataset: Dataset) -> tuple[int, int]:
-    """How many blocks of the package's network have a closed form, and values of z an image."""
-    style = settings.block_style()
-    if style.norm != "batch" or style.activation == "tanh":
-        return 0, 0
-    with torch.device("meta"):
-        model = build_network(settings, dataset.inputs, dataset.num_classes)
-        image = torch.empty(1, dataset.inputs.num_channels, *dataset.inputs.image_size)
-        blocks = None
-        if settings.trained_blocks != "all" and not needs_batch(model, settings.blocks):
-            plan = plan_blocks(model, settings.blocks)
-            plan = freeze(model, plan, settings.trained_blocks, image)
-            blocks = [block.module for block in plan.blocks if not block.is_frozen]
-        return count_normalized(model, image, blocks)
-
-
-def _count_recognized(settings: TrainConfig, dataset: Dataset) -> tuple[int, int]:
-    """The same of another model, whose blocks have to be found first."""
-    with torch.random.fork_rng(devices=[]):  # the run's own weights are drawn later
-        model = build_network(settings, dataset.inputs, dataset.num_classes)
-    plan = plan_blocks(
-        model,
-        settings.blocks,
-        inputs=example_input(dataset.inputs),
-        num_classes=dataset.num_classes,
-    )
-    if settings.trained_blocks != "all":
-        plan = freeze(model, plan, settings.trained_blocks, example_input(dataset.inputs))
-    sizes = [
-        block.view_shape[1:].numel()
-        for block in plan.blocks
-        if block.view_shape and block.closed_form() and not block.is_frozen
-    ]
-    return len(sizes), sum(sizes)
-
-
 def example_input(inputs: InputSpec) -> Tensor:
     """A few images of noise, as the network will see them, on the CPU."""
     noise = torch.Generator().manual_seed(0)
     return torch.rand(3, inputs.num_channels, *inputs.image_size, generator=noise)
-
-
-def count_normalized(
-    model: nn.Module, example_input: Tensor, blocks: Sequence[nn.Module] | None = None
-) -> tuple[int, int]:
-    """How many of these blocks there are (None: of locallearn's own make), and how many values
-    their BatchNorms see."""
-    if blocks is None:
-        blocks = [module for module in model.modules() if isinstance(module, Block)]
-    counts: list[int] = []
-
-    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        counts.append(inputs[0].numel())
-
-    for block in blocks:
-        for module in block.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                module.register_forward_pre_hook(count)
-    with torch.no_grad():
-        model.eval()(example_input)
-    return len(blocks), sum(counts)
 
 
 def training_loader(settings: TrainConfig, dataset: Dataset, device: torch.device) -> ImageLoader:
@@ -300,6 +191,11 @@ def training_loader(settings: TrainConfig, dataset: Dataset, device: torch.devic
         balance=settings.balance == "on",
         backend=settings.backend,
     )
+
+
+def resident_inputs(loader: ImageLoader) -> list[Tensor]:
+    """What is the same in all batches of a loader: a captured step reads it where it lies."""
+    return [loader.source.pixels] if isinstance(loader.source, MemoryImages) else []
 
 
 def evaluation_loader(

@@ -19,6 +19,8 @@ _PACKAGES = (
     "torchvision",
     "timm",
     "triton",
+    "cuda-core",
+    "cuda-bindings",
     "schedulefree",
     "numpy",
     "scikit-learn",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from locallearn.engine.config import TrainConfig
 from locallearn.engine.learner import LocalLearner
 from locallearn.engine.optimizers import ScheduleFreeAdamW
 from locallearn.engine.results import StepResult
@@ -32,6 +33,19 @@ def can_be_graphed(learner: LocalLearner) -> bool:
     on_cuda = all(p.device.type == "cuda" for p in learner.parameters())
     countless = all(isinstance(o, ScheduleFreeAdamW) for o in optimizers)
     return on_cuda and countless and learner.can_be_graphed and not learner.holds_batches
+
+
+def is_run_graphed(settings: TrainConfig, learner: LocalLearner, *, is_alone: bool) -> bool:
+    """Whether a run captures its steps: not where several processes share them, memory is measured
+    or the front of the network is skipped.
+
+    Arguments:
+        settings: of the run, resolved.
+        learner: that it trains.
+        is_alone: whether one process trains it.
+    """
+    is_whole = settings.memory_limit is None and not settings.feature_cache
+    return is_alone and settings.cuda_graph and is_whole and can_be_graphed(learner)
 
 
 @dataclass
@@ -107,6 +121,8 @@ class GraphedStep:
             # Thread-local: the threads that load images may allocate pinned memory meanwhile.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 result = self._step(tree_unflatten(inputs, structure))
+        except torch.OutOfMemoryError:
+            raise  # no fault of the rule's
         except RuntimeError as error:
             raise UserError(
                 f"the step can't be captured in a CUDA graph ({str(error).splitlines()[0]}): does "

@@ -106,9 +106,11 @@ class LocalLearner(nn.Module):
         channels_last: keep 4-d weights and inputs in channels-last memory format, the faster one
             for convolutions.
         backend: how the blocks that allow it are updated. In closed form (docs/closed-form.md):
-            "reference" (plain PyTorch, the definition), "compiled" (torch.compile), "triton"; or
-            not: "autograd". "auto" is triton on CUDA; on the CPU autograd at first, and compiled as
-            soon as training has gone on for so long that compiling pays.
+            "reference" (plain PyTorch, the definition), "compiled" (torch.compile), "triton",
+            "cuda" (CUDA C++, compiled at run time; extra `cuda`); or not: "autograd". "auto" is
+            triton on CUDA (cuda where Triton is missing; a run of `locallearn train` measures which
+            is the faster, a learner by itself does not); on the CPU autograd at first, and compiled
+            as soon as training has gone on for so long that compiling pays.
         overlap_updates: on CUDA, run a block's weight gradient and update on a second stream
             beside the next block's forward. Costs memory: what both streams use is freed later.
             The model's forward must not write into a block's input after the block has run.

@@ -1,7 +1,9 @@
 """Each op of a step by itself, beside the least time that its bytes or MACs can take.
 
 The floors are this machine's own: the bandwidth of a copy, and the rate of a matrix product, as
-measured in the same run. A convolution's floor is of MACs, every other op's of bytes.
+measured in the same run. A convolution's floor is of MACs, every other op's of bytes. Backends are
+timed in turn. On CUDA an op runs many times over in a captured graph, as steps are run: launched by
+themselves most ops would take longer to launch than to run.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,11 @@ from locallearn.kernels import Kernels, ScheduleFreeState, load_kernels
 from locallearn.models import Block, BlockNetwork, ConvBlock, LinearBlock
 
 _COPY_VALUES, _MATRIX_SIDE = 2**24, 2048
+_CALLS_A_GRAPH = 16
+# Libraries load and kernels compile in the first calls.
+_NUM_WARM_UP_CALLS = 3
+# Who computes what is no op of ours: convolutions, matrix products, and their weight gradients.
+TORCH = "torch"
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class OpTime:
 
     Arguments:
         block, op: names.
+        backend: whose kernels, or TORCH.
         time_ms: median.
         floor_ms: the least that its bytes or MACs can take.
         num_bytes, num_macs: that it must move, and do.
@@ -35,6 +43,7 @@ class OpTime:
 
     block: str
     op: str
+    backend: str
     time_ms: float
     floor_ms: float
     num_bytes: int
@@ -71,41 +80,112 @@ def time_ops(
     image_shape: tuple[int, int, int],
     batch_size: int,
     num_classes: int,
-    backend: str,
+    backends: Sequence[str],
     precision: str,
     device: torch.device,
     num_rounds: int = 15,
 ) -> tuple[MachineRates, list[OpTime]]:
-    """Every op of an LLS step in every convolution and linear block.
+    """Every op of an LLS step in every convolution and linear block, by each backend.
 
     A depthwise-separable block has two of each and a backward between; it is left out.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     rates = measure_rates(device, dtype, num_rounds)
-    kernels = load_kernels(backend)
     rows: list[OpTime] = []
     for name, block, shape in _input_shapes(model, image_shape, batch_size):
         if not isinstance(block, ConvBlock | LinearBlock):
             continue
-        calls = _calls(block.to(device), shape, num_classes, kernels, dtype)
-        for op, (call, num_bytes, num_macs) in calls.items():
-            time_ms = _median_ms(call, device, num_rounds)
+        block.to(device)
+        calls = {
+            backend: _calls(block, shape, num_classes, load_kernels(backend), dtype)
+            for backend in backends
+        }
+        for op, (call, num_bytes, num_macs) in calls[backends[0]].items():
             floor_ms = num_bytes / rates.bandwidth_gb_s / 1e6 + num_macs / rates.macs_g_s / 1e6
-            rows.append(OpTime(name, op, time_ms, floor_ms, num_bytes, num_macs))
+            sides = {backend: calls[backend][op][0] for backend in backends}
+            times = _medians_ms({TORCH: call} if num_macs else sides, device, num_rounds)
+            rows += [
+                OpTime(name, op, backend, time_ms, floor_ms, num_bytes, num_macs)
+                for backend, time_ms in times.items()
+            ]
     return rates, rows
 
 
+def count_bytes(
+    model: BlockNetwork,
+    *,
+    image_shape: tuple[int, int, int],
+    batch_size: int,
+    num_classes: int,
+    precision: str,
+) -> dict[tuple[str, str], int]:
+    """Block and op -> the bytes that it must move; of the blocks and ops of `time_ops`."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return {
+        (name, op): num_bytes
+        for name, block, shape in _input_shapes(model, image_shape, batch_size)
+        if isinstance(block, ConvBlock | LinearBlock)
+        for op, (_, num_bytes, num_macs) in _calls(
+            block, shape, num_classes, load_kernels("reference"), dtype
+        ).items()
+        if not num_macs
+    }
+
+
 def _median_ms(call: Callable[[], object], device: torch.device, num_rounds: int) -> float:
-    times = []
-    for _ in range(num_rounds + 3):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    return _medians_ms({"": call}, device, num_rounds)[""]
+
+
+def _medians_ms(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, num_rounds: int
+) -> dict[str, float]:
+    """Name -> median, of calls in turn."""
+    clock = _on_cuda if device.type == "cuda" else _on_cpu
+    timers = {name: clock(call, device) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(num_rounds):
+        for name, timer in timers.items():
+            times[name].append(timer())
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def _on_cpu(call: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """What takes a call's time in ms, once the call is warm."""
+    for _ in range(_NUM_WARM_UP_CALLS):
+        call()
+
+    def timer() -> float:
         began = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(1000 * (time.perf_counter() - began))
-    return statistics.median(times[3:])
+        return 1000 * (time.perf_counter() - began)
+
+    return timer
+
+
+def _on_cuda(call: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """As :func:`_on_cpu`, of calls that a graph replays one after the other."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(_NUM_WARM_UP_CALLS):
+            call()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(_CALLS_A_GRAPH):
+            call()
+    graph.replay()
+    begun = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def timer() -> float:
+        begun.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        return float(begun.elapsed_time(ended)) / _CALLS_A_GRAPH
+
+    return timer
 
 
 def _input_shapes(

@@ -37,6 +37,8 @@ class Team:
     is_alone = True
     replica = 0
     """Which of the copies of its stage it trains."""
+    num_replicas = 1
+    """How many such copies share each batch."""
     synchronizes_batch_norm = False
     """Whether copies of a stage normalise by whole batches."""
 

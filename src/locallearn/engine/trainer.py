@@ -19,14 +19,15 @@ from torch import Tensor
 
 from locallearn.data import DataListener, Dataset, MemoryImages
 from locallearn.data.loader import EpochLoader
+from locallearn.engine.backend_choice import choose_run_backend
 from locallearn.engine.building import (
     build_learner,
     check_model,
-    choose_run_backend,
     evaluation_loader,
     example_input,
     load_data,
     needs_recalibration,
+    resident_inputs,
     training_loader,
 )
 from locallearn.engine.config import TrainConfig, differing_settings, flag
@@ -39,7 +40,7 @@ from locallearn.engine.finetuning import (
     class_counts,
     load_start,
 )
-from locallearn.engine.graphs import GraphedStep, can_be_graphed
+from locallearn.engine.graphs import GraphedStep, is_run_graphed
 from locallearn.engine.learner import LocalLearner
 from locallearn.engine.optimizers import build_schedule
 from locallearn.engine.results import StepResult
@@ -176,11 +177,9 @@ class Trainer:
         self.train_loader: EpochLoader[Any] = whole
         # On CUDA the whole step, augmentation included, is one graph; see `graphs`.
         self._step: Callable[[Any, Tensor], StepResult] = self._plain_step
-        is_graphed = team.is_alone and _may_be_graphed(settings) and can_be_graphed(self.learner)
+        is_graphed = is_run_graphed(settings, self.learner, is_alone=team.is_alone)
         if is_graphed:
-            source = whole.source
-            resident = [source.pixels] if isinstance(source, MemoryImages) else []
-            self._step = GraphedStep(self.learner, self._make_batch, resident)
+            self._step = GraphedStep(self.learner, self._make_batch, resident_inputs(whole))
         size = settings.test_batch_size
         self.test_loader: EpochLoader[Any] = evaluation_loader(
             dataset.test, dataset, size, self.device
@@ -243,10 +242,10 @@ class Trainer:
             dataset = team.load(lambda: load_data(settings, listener=observer))
         else:
             dataset = finetuning.dataset
-        with team.together("choosing a backend"):
-            backend, reason = choose_run_backend(
-                settings, dataset, synchronize_batch_norm=team.synchronizes_batch_norm
-            )
+        # One chooses for all: what is measured comes out otherwise in each.
+        backend, reason = team.first(
+            lambda: choose_run_backend(settings, dataset, team), "choosing a backend"
+        )
         settings = replace(settings, backend=backend)
         config = RunConfig(
             settings=settings,
@@ -805,11 +804,6 @@ def check_same_settings(run: RunDirectory, given: dict[str, Any]) -> RunConfig:
             f"Leave them out to resume it, or start a new run with --out."
         )
     return config
-
-
-def _may_be_graphed(settings: TrainConfig) -> bool:
-    """Whether a step may be captured: not where its memory is measured, or its front skipped."""
-    return settings.cuda_graph and settings.memory_limit is None and not settings.feature_cache
 
 
 def _environment(settings: TrainConfig) -> dict[str, Any]:

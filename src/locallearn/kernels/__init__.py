@@ -6,8 +6,10 @@ definition, to which every other is held.
 
 from locallearn.kernels.backends import (
     BACKENDS,
+    GPU_BACKENDS,
     choose_backend,
     cxx_compiler,
+    fastest_candidates,
     load_kernels,
     missing_for,
 )
@@ -33,6 +35,7 @@ from locallearn.kernels.reference.local_head import (
 
 __all__ = [
     "BACKENDS",
+    "GPU_BACKENDS",
     "BlockForward",
     "ChannelStats",
     "Crops",
@@ -44,6 +47,7 @@ __all__ = [
     "ScheduleFreeState",
     "choose_backend",
     "cxx_compiler",
+    "fastest_candidates",
     "label_similarity",
     "load_kernels",
     "match_similarity",

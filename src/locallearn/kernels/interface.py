@@ -13,10 +13,10 @@ A **cell** is a window of adaptive average pooling: rows floor(i H / s) to ceil(
 tensor every feature is a cell of its own.
 
 A backend is a module with these functions: `kernels.reference` (plain PyTorch, any floating dtype,
-the definition), `kernels.compiled` (torch.compile), `kernels.triton`. None of them records an
-autograd graph, and none reads a value on the host. Statistics, moments and everything of size
-(N, C, s, s) or smaller is float32, or float64 where z is; z and the output may be bfloat16 or
-float16. 4-d tensors are fastest in channels-last memory.
+the definition), `kernels.compiled` (torch.compile), `kernels.triton`, `kernels.cuda` (CUDA C++).
+None of them records an autograd graph, and none reads a value on the host. Statistics, moments and
+everything of size (N, C, s, s) or smaller is float32, or float64 where z is; z and the output may
+be bfloat16 or float16. 4-d tensors are fastest in channels-last memory.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from locallearn.kernels.cuda.compilation import Program, source_text
 from locallearn.kernels.cuda.launching import Size, Value
 
 _FOLDER = Path(__file__).parent
-_KERNEL = re.compile(r'extern "C" __global__ void(?: __launch_bounds__\([^)]+\))? (\w+)\(')
+_KERNEL = re.compile(r'extern "C" __global__ void(?:\s+__launch_bounds__\([^)]+\))?\s+(\w+)\(')
 _DYNAMIC_SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 _SHARED = re.compile(r"__shared__ (\w+) (\w+)((?:\[[^;]+\])*);")
 _KINDS = {

@@ -147,12 +147,12 @@ struct Call<void (*)(Arguments...)> {
 
   // Of each argument its kind and its size; returns how many there are.
   static int describe(char* kinds, int* sizes) {
-    ((*kinds++ = std::is_pointer_v<Arguments>          ? 'p'
-                 : std::is_same_v<Arguments, int>      ? 'i'
-                 : std::is_same_v<Arguments, float>    ? 'f'
-                 : std::is_same_v<Arguments, double>   ? 'd'
-                 : std::is_class_v<Arguments>          ? 's'
-                                                       : '?',
+    ((*kinds++ = std::is_pointer_v<Arguments>        ? 'p'
+                 : std::is_same_v<Arguments, int>    ? 'i'
+                 : std::is_same_v<Arguments, float>  ? 'f'
+                 : std::is_same_v<Arguments, double> ? 'd'
+                 : std::is_class_v<Arguments>        ? 's'
+                                                     : '?',
       *sizes++ = sizeof(Arguments)),
      ...);
     return sizeof...(Arguments);
@@ -183,14 +183,14 @@ inline const char* run(void (*call)(void**), void** values, const unsigned int* 
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-#define KERNEL(name)                                                                               \
-  EXPORTED const char* run_##name(void** values, const unsigned int* dimensions,                   \
-                                  std::size_t num_shared_bytes, bool is_reversed) {                \
-    return device::run([](void** v) { device::Call<decltype(&name)>::with(&name, v); }, values,    \
-                       dimensions, num_shared_bytes, is_reversed);                                 \
-  }                                                                                                \
-  EXPORTED int describe_##name(char* kinds, int* sizes) {                                          \
-    return device::Call<decltype(&name)>::describe(kinds, sizes);                                  \
+#define KERNEL(name)                                                                            \
+  EXPORTED const char* run_##name(void** values, const unsigned int* dimensions,                \
+                                  std::size_t num_shared_bytes, bool is_reversed) {             \
+    return device::run([](void** v) { device::Call<decltype(&name)>::with(&name, v); }, values, \
+                       dimensions, num_shared_bytes, is_reversed);                              \
+  }                                                                                             \
+  EXPORTED int describe_##name(char* kinds, int* sizes) {                                       \
+    return device::Call<decltype(&name)>::describe(kinds, sizes);                               \
   }
 
 inline void __syncthreads() { device::wait(device::State::kWaitsForBlock); }

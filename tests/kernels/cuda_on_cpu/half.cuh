@@ -3,12 +3,18 @@
 
 #include <cstring>
 
-struct bfloat16 { unsigned short bits; };
-struct float16 { unsigned short bits; };
+struct bfloat16 {
+  unsigned short bits;
+};
+struct float16 {
+  unsigned short bits;
+};
 
 inline float to_float(float x) { return x; }
 
-inline float to_float(bfloat16 x) { return __uint_as_float(static_cast<unsigned int>(x.bits) << 16); }
+inline float to_float(bfloat16 x) {
+  return __uint_as_float(static_cast<unsigned int>(x.bits) << 16);
+}
 
 inline float to_float(float16 x) {
   _Float16 y;

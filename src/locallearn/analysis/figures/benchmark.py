@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ def side_name(row: dict[str, Any]) -> str:
     how = path.partition(", ")[2]  # "graph", "graph, overlapped" or nothing
     if rule == "bp" and not path.startswith("backprop"):
         return f"bp, {path}"
-    return f"{rule} ({backend}{', ' + how if how else ''})"
+    update = f", {row['update']} update" if "update" in row else ""
+    return f"{rule} ({backend}{', ' + how if how else ''}{update})"
+
+
+def three_digits(value: float) -> str:
+    """A time, which may be of microseconds on one device and of seconds on another."""
+    if value <= 0:
+        return "0"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def plot_benchmark(rows: Sequence[dict[str, Any]], title: str, path: Path) -> bytes:
@@ -49,10 +58,11 @@ def plot_benchmark(rows: Sequence[dict[str, Any]], title: str, path: Path) -> by
     times.barh(places, median, color=colours, xerr=spread, error_kw={"ecolor": "#333333"})
     mib = [row["peak_activation_mib"] for row in rows]
     memory.barh(places, mib, color=colours)
-    ends = [row["step_time_ms_p80"] for row in rows]
-    for axes, values, beside in ((times, median, ends), (memory, mib, mib)):
-        for place, value, end in zip(places, values, beside, strict=True):
-            axes.text(end, place, f"  {value:.1f}", va="center", ha="left", fontsize=8)
+    slowest = [row["step_time_ms_p80"] for row in rows]
+    texts = [three_digits(m) for m in median], [f"{m:.1f}" for m in mib]
+    for axes, ends, words in zip((times, memory), (slowest, mib), texts, strict=True):
+        for place, end, text in zip(places, ends, words, strict=True):
+            axes.text(end, place, f"  {text}", va="center", ha="left", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.18)
     times.set_yticks(list(places), names)

@@ -13,12 +13,12 @@ struct Crops {
   const int* box;                               // (B, 4)
 };
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) augment(
-    Crops crops,
-    const float* __restrict__ mean,  // (C,), and the next one
-    const float* __restrict__ std,
-    Element* __restrict__ images,  // (B, H, W, C)
-    int height, int width, int num_channels) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    augment(Crops crops,
+            const float* __restrict__ mean,  // (C,), and the next one
+            const float* __restrict__ std,
+            Element* __restrict__ images,  // (B, H, W, C)
+            int height, int width, int num_channels) {
   const int position = blockIdx.y * blockDim.x + threadIdx.x;
   if (position >= height * width) return;
   const int b = blockIdx.x, row = position / width, column = position % width;

@@ -4,10 +4,6 @@
 
 #include "common.cuh"
 
-// Of several positions, all are loaded before the first is overwritten, so that they are under way
-// together: the compiler can't know that they are others.
-constexpr int kBatch = 4;
-
 // The sum, over the cells that hold a position, of gradient / size.
 __device__ inline Values unpooled(const float* grad_image, int y, int x, int height, int width,
                                   int num_channels, int cells_h, int cells_w) {
@@ -25,17 +21,14 @@ __device__ inline Values unpooled(const float* grad_image, int y, int x, int hei
   return sum;
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) block_backward(
-    Element* z,                                   // (N, H, W, C); becomes dL/dz
-    const float* __restrict__ grad_latents,  // G, (N, cells_h, cells_w, C)
-    const float* __restrict__ mean,          // (C,), and the next five
-    const float* __restrict__ inv_std,
-    const float* __restrict__ gamma,
-    const float* __restrict__ beta,
-    const float* __restrict__ grad_gamma,
-    const float* __restrict__ grad_beta,
-    float negative_slope, float inverse_n, int height, int width, int num_channels, int cells_h,
-    int cells_w) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    block_backward(Element* z,                              // (N, H, W, C); becomes dL/dz
+                   const float* __restrict__ grad_latents,  // G, (N, cells_h, cells_w, C)
+                   const float* __restrict__ mean,          // (C,), and the next five
+                   const float* __restrict__ inv_std, const float* __restrict__ gamma,
+                   const float* __restrict__ beta, const float* __restrict__ grad_gamma,
+                   const float* __restrict__ grad_beta, float negative_slope, float inverse_n,
+                   int height, int width, int num_channels, int cells_h, int cells_w) {
   const int channel = first_channel();
   if (channel >= num_channels) return;
   const int cell_x = blockIdx.x % cells_w;
@@ -47,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) block_backward(
 
   const Normalization norm = {load(mean + channel), load(inv_std + channel), load(gamma + channel),
                               load(beta + channel), negative_slope};
-  // dL/dz = rate d up(G) - (offset + drift xh)
+  // dL/dz = d signal - (offset + drift xh), where signal is up(G) times gamma inv_std.
   Values rate, offset = load(grad_beta + channel), drift = load(grad_gamma + channel);
 #pragma unroll
   for (int j = 0; j < VECTOR; ++j) {
@@ -55,40 +48,40 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) block_backward(
     offset.of[j] *= rate.of[j] * inverse_n;
     drift.of[j] *= rate.of[j] * inverse_n;
   }
-  const float* grad_image =
-      grad_latents + image * cells_h * cells_w * num_channels + channel;
-  Values grad_h;
+  const float* grad_image = grad_latents + image * cells_h * cells_w * num_channels + channel;
+  Values signal;
   if (!OVERLAP) {
-    grad_h = load(grad_image + (cell_y * cells_w + cell_x) * num_channels);
+    signal = load(grad_image + (cell_y * cells_w + cell_x) * num_channels);
 #pragma unroll
-    for (int j = 0; j < VECTOR; ++j) grad_h.of[j] /= num_positions;
+    for (int j = 0; j < VECTOR; ++j) signal.of[j] *= rate.of[j] / num_positions;
   }
 
   Element* z_image = z + image * height * width * num_channels + channel;
   for (int first = threadIdx.y; first < num_positions; first += kBatch * blockDim.y) {
+    int y[kBatch], x[kBatch];
     Values batch[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const int i = first + b * blockDim.y;
-      const int y = rows.begin + i / columns.size(), x = columns.begin + i % columns.size();
-      if (i < num_positions) batch[b] = load(z_image + (y * width + x) * num_channels);
+      const int i = min(first + b * static_cast<int>(blockDim.y), num_positions - 1);
+      y[b] = rows.begin + i / columns.size();
+      x[b] = columns.begin + i % columns.size();
+      batch[b] = load(z_image + (y[b] * width + x[b]) * num_channels);
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const int i = first + b * blockDim.y;
-      const int y = rows.begin + i / columns.size(), x = columns.begin + i % columns.size();
-      if (i >= num_positions) break;
+      if (first + b * blockDim.y >= num_positions) break;
       if (OVERLAP) {
-        grad_h = unpooled(grad_image, y, x, height, width, num_channels, cells_h, cells_w);
+        signal = unpooled(grad_image, y[b], x[b], height, width, num_channels, cells_h, cells_w);
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) signal.of[j] *= rate.of[j];
       }
 #pragma unroll
       for (int j = 0; j < VECTOR; ++j) {
         const float xh = norm.normalized(batch[b].of[j], j);
         const float d = norm.slope(norm.before_activation(xh, j));
-        batch[b].of[j] =
-            rate.of[j] * d * grad_h.of[j] - fmaf(drift.of[j], xh, offset.of[j]);
+        batch[b].of[j] = d * signal.of[j] - fmaf(drift.of[j], xh, offset.of[j]);
       }
-      store(z_image + (y * width + x) * num_channels, batch[b]);
+      store(z_image + (y[b] * width + x[b]) * num_channels, batch[b]);
     }
   }
 }

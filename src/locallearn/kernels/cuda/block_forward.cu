@@ -1,4 +1,5 @@
-// `block_forward`; see `kernels.interface`. Also defined: MAX_POOL, the max-pool's window and stride.
+// `block_forward`; see `kernels.interface`. Also defined: MAX_POOL, the max-pool's window and
+// stride.
 //
 // A block takes the windows that touch one cell of one image: it adds up the cell's positions, and
 // writes the windows that begin in the part of the cell which no later cell holds. So z is read
@@ -6,16 +7,18 @@
 
 #include "common.cuh"
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) block_forward(
-    const Element* __restrict__ z,     // (N, H, W, C)
-    Element* __restrict__ output,      // (N, H / MAX_POOL, W / MAX_POOL, C)
-    float* __restrict__ s0,      // (N, cells_h, cells_w, C), or null: the output only
-    float* __restrict__ s1,
-    const float* __restrict__ mean,  // (C,), and the next three
-    const float* __restrict__ inv_std,
-    const float* __restrict__ gamma,
-    const float* __restrict__ beta,
-    float negative_slope, int height, int width, int num_channels, int cells_h, int cells_w) {
+// At a time; a window of several positions is a batch by itself.
+constexpr int kWindows = MAX_POOL == 1 ? kBatch : 1;
+
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 2)
+    block_forward(const Element* __restrict__ z,  // (N, H, W, C)
+                  Element* __restrict__ output,   // (N, H / MAX_POOL, W / MAX_POOL, C)
+                  float* __restrict__ s0,  // (N, cells_h, cells_w, C), or null: the output only
+                  float* __restrict__ s1,
+                  const float* __restrict__ mean,  // (C,), and the next three
+                  const float* __restrict__ inv_std, const float* __restrict__ gamma,
+                  const float* __restrict__ beta, float negative_slope, int height, int width,
+                  int num_channels, int cells_h, int cells_w) {
   const int cell_x = blockIdx.x % cells_w;
   const int cell_y = blockIdx.x / cells_w % cells_h;
   const long long image = blockIdx.x / (cells_w * cells_h);
@@ -35,41 +38,57 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) block_forward(
     const Span windows_y = {rows.begin / MAX_POOL, ceil_div(rows.end, MAX_POOL)};
     const Span windows_x = {columns.begin / MAX_POOL, ceil_div(columns.end, MAX_POOL)};
     const int num_windows = windows_y.size() * windows_x.size();
-#pragma unroll(MAX_POOL == 1 ? 4 : 1)
-    for (int i = threadIdx.y; i < num_windows; i += blockDim.y) {
-      const int window_y = windows_y.begin + i / windows_x.size();
-      const int window_x = windows_x.begin + i % windows_x.size();
-      Values highest;
+    for (int first = threadIdx.y; first < num_windows; first += kWindows * blockDim.y) {
+      int window_y[kWindows], window_x[kWindows];
+#pragma unroll
+      for (int b = 0; b < kWindows; ++b) {
+        const int i = min(first + b * static_cast<int>(blockDim.y), num_windows - 1);
+        window_y[b] = windows_y.begin + i / windows_x.size();
+        window_x[b] = windows_x.begin + i % windows_x.size();
+      }
+      Values highest[kWindows];
 #pragma unroll(MAX_POOL <= 2 ? MAX_POOL : 1)
       for (int dy = 0; dy < MAX_POOL; ++dy) {
-        const int y = window_y * MAX_POOL + dy;
-        Values line[MAX_POOL];  // a window may stick out of the image: it is then no output
+        Values line[kWindows][MAX_POOL];
 #pragma unroll
-        for (int dx = 0; dx < MAX_POOL; ++dx) {
-          const int x = min(window_x * MAX_POOL + dx, width - 1);
-          line[dx] = load(z_image + (min(y, height - 1) * width + x) * num_channels);
+        for (int b = 0; b < kWindows; ++b) {
+          // A window may stick out of the image, and is then no output.
+          const int y = min(window_y[b] * MAX_POOL + dy, height - 1);
+#pragma unroll
+          for (int dx = 0; dx < MAX_POOL; ++dx) {
+            const int x = min(window_x[b] * MAX_POOL + dx, width - 1);
+            line[b][dx] = load(z_image + (y * width + x) * num_channels);
+          }
         }
 #pragma unroll
-        for (int dx = 0; dx < MAX_POOL; ++dx) {
-          const bool is_in_cell = rows.holds(y) && columns.holds(window_x * MAX_POOL + dx);
+        for (int b = 0; b < kWindows; ++b) {
+          const bool is_there =
+              first + b * blockDim.y < num_windows && rows.holds(window_y[b] * MAX_POOL + dy);
 #pragma unroll
-          for (int j = 0; j < VECTOR; ++j) {
-            const float xh = norm.normalized(line[dx].of[j], j);
-            const float v = norm.before_activation(xh, j);
-            const float d = norm.slope(v);
-            sums[j] += is_in_cell ? d : 0.0f;
-            sums[VECTOR + j] += is_in_cell ? d * xh : 0.0f;
-            const float h = v * d;
-            const bool is_first = dy == 0 && dx == 0;
-            // A NaN is the highest, and stays it.
-            if (is_first || h > highest.of[j] || h != h) highest.of[j] = h;
+          for (int dx = 0; dx < MAX_POOL; ++dx) {
+            const bool is_in_cell = is_there && columns.holds(window_x[b] * MAX_POOL + dx);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+              const float xh = norm.normalized(line[b][dx].of[j], j);
+              const float v = norm.before_activation(xh, j);
+              const float d = norm.slope(v);
+              sums[j] += is_in_cell ? d : 0.0f;
+              sums[VECTOR + j] += is_in_cell ? d * xh : 0.0f;
+              const float h = v * d;
+              float& most = highest[b].of[j];
+              // A NaN is the highest, and stays it.
+              if ((dy == 0 && dx == 0) || h > most || h != h) most = h;
+            }
           }
         }
       }
-      const bool is_own = own_rows.holds(window_y * MAX_POOL) &&
-                          own_columns.holds(window_x * MAX_POOL);
-      if (is_own && window_y < out_height && window_x < out_width) {
-        store(output_image + (window_y * out_width + window_x) * num_channels, highest);
+#pragma unroll
+      for (int b = 0; b < kWindows; ++b) {
+        const int y = window_y[b], x = window_x[b];
+        const bool is_own = own_rows.holds(y * MAX_POOL) && own_columns.holds(x * MAX_POOL);
+        if (first + b * blockDim.y < num_windows && is_own && y < out_height && x < out_width) {
+          store(output_image + (y * out_width + x) * num_channels, highest[b]);
+        }
       }
     }
   }

@@ -26,11 +26,11 @@ __device__ inline void write_stats(int channel, float mean, float spread, int nu
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads) channel_stats(
-    const Element* __restrict__ z,      // (rows, C)
-    float* __restrict__ partial,  // (3, chunks, C), or null: one chunk, and so the result at once
-    float* __restrict__ mean,     // (C,), and the next one
-    float* __restrict__ inv_std,
-    Running running, float eps, int num_rows, int rows_of_a_chunk, int num_channels) {
+    const Element* __restrict__ z,  // (rows, C)
+    float* __restrict__ partial,    // (3, chunks, C), or null: one chunk, and so the result at once
+    float* __restrict__ mean,       // (C,), and the next one
+    float* __restrict__ inv_std, Running running, float eps, int num_rows, int rows_of_a_chunk,
+    int num_channels) {
   const int channel = first_channel();
   const int begin = blockIdx.x * rows_of_a_chunk;
   const int end = min(begin + rows_of_a_chunk, num_rows);
@@ -44,14 +44,21 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) channel_stats(
   const int first = begin + threadIdx.y;
   const Values origin = row(begin), near = row(first < end ? first : begin);
   Values sum = {}, sum_of_squares = {};
-#pragma unroll 4
-  for (int i = first; i < end; i += blockDim.y) {
-    const Values values = row(i);
+  for (int i = first; i < end; i += kBatch * blockDim.y) {
+    Values batch[kBatch];
 #pragma unroll
-    for (int j = 0; j < VECTOR; ++j) {
-      const float deviation = values.of[j] - near.of[j];
-      sum.of[j] += deviation;
-      sum_of_squares.of[j] += deviation * deviation;
+    for (int b = 0; b < kBatch; ++b) {
+      batch[b] = row(min(i + b * static_cast<int>(blockDim.y), end - 1));
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const bool is_row = i + b * blockDim.y < end;
+#pragma unroll
+      for (int j = 0; j < VECTOR; ++j) {
+        const float deviation = is_row ? batch[b].of[j] - near.of[j] : 0.0f;
+        sum.of[j] += deviation;
+        sum_of_squares.of[j] += deviation * deviation;
+      }
     }
   }
 
@@ -95,36 +102,44 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) channel_stats(
   store(place + 2 * step, of_chunk[1]);
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) combine_chunks(
-    const float* __restrict__ partial, float* __restrict__ mean, float* __restrict__ inv_std,
-    Running running, float eps, int num_rows, int rows_of_a_chunk, int num_chunks,
-    int num_channels) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    combine_chunks(const float* __restrict__ partial, float* __restrict__ mean,
+                   float* __restrict__ inv_std, Running running, float eps, int num_rows,
+                   int rows_of_a_chunk, int num_chunks, int num_channels) {
   const int channel = blockIdx.x * blockDim.x + threadIdx.x;
   const bool is_channel = channel < num_channels;
   const float* place = partial + (is_channel ? channel : 0);
   const long long step = static_cast<long long>(num_chunks) * num_channels;
   const float origin = place[0];
   const auto count_of = [&](int chunk) {
-    return static_cast<float>(min(num_rows - chunk * rows_of_a_chunk, rows_of_a_chunk));
+    return static_cast<float>(max(0, min(num_rows - chunk * rows_of_a_chunk, rows_of_a_chunk)));
+  };
+  const auto of_chunk = [&](int chunk) {
+    return place + static_cast<long long>(min(chunk, num_chunks - 1)) * num_channels;
   };
   const auto deviation_of = [&](int chunk) {
-    const float* of_chunk = place + static_cast<long long>(chunk) * num_channels;
-    return of_chunk[0] - origin + of_chunk[step];
+    return of_chunk(chunk)[0] - origin + of_chunk(chunk)[step];
   };
 
   float total[1] = {};
-#pragma unroll 4
-  for (int chunk = threadIdx.y; chunk < num_chunks; chunk += blockDim.y) {
-    total[0] += deviation_of(chunk) * count_of(chunk);
+  for (int first = threadIdx.y; first < num_chunks; first += kBatch * blockDim.y) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int chunk = first + b * blockDim.y;
+      total[0] += deviation_of(chunk) * count_of(chunk);
+    }
   }
   sum_over_slots(total);
   total[0] /= num_rows;
   float spread[1] = {};
-#pragma unroll 4
-  for (int chunk = threadIdx.y; chunk < num_chunks; chunk += blockDim.y) {
-    const float apart = deviation_of(chunk) - total[0];
-    spread[0] += place[2 * step + static_cast<long long>(chunk) * num_channels];
-    spread[0] += apart * apart * count_of(chunk);
+  for (int first = threadIdx.y; first < num_chunks; first += kBatch * blockDim.y) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int chunk = first + b * blockDim.y;
+      const float apart = deviation_of(chunk) - total[0];
+      const float own = chunk < num_chunks ? of_chunk(chunk)[2 * step] : 0.0f;
+      spread[0] += own + apart * apart * count_of(chunk);
+    }
   }
   sum_over_slots(spread);
   if (threadIdx.y == 0 && is_channel) {

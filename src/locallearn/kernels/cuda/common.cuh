@@ -18,6 +18,11 @@ constexpr int kMaxThreads = 256;
 constexpr int kWarp = 32;
 constexpr unsigned int kAllLanes = 0xffffffffu;
 
+// How many positions, rows or chunks a thread loads before it uses the first, so that as many
+// accesses are under way: the compiler moves none across a store, or the end of a loop that it
+// does not know. What is beyond the end is loaded from the last place, and not used.
+constexpr int kBatch = 4;
+
 template <typename Type, int kCount>
 struct alignas(sizeof(Type) * kCount) Packed {
   Type values[kCount];
@@ -56,9 +61,7 @@ __device__ inline void store(Type* place, const Values& stored) {
 }
 
 // The first of this thread's channels.
-__device__ inline int first_channel() {
-  return (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
-}
+__device__ inline int first_channel() { return (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR; }
 
 __device__ inline int thread_index() { return threadIdx.y * blockDim.x + threadIdx.x; }
 
@@ -86,11 +89,11 @@ __device__ inline void sum_over_slots(float (&values)[kCount]) {
   }
   __syncthreads();
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    values[j] = 0.0f;
-    for (int group = 0; group < num_groups; ++group) {
-      values[j] += shared[j][group * num_columns + threadIdx.x];
-    }
+  for (int j = 0; j < kCount; ++j) values[j] = shared[j][threadIdx.x];
+#pragma unroll 1
+  for (int group = 1; group < num_groups; ++group) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) values[j] += shared[j][group * num_columns + threadIdx.x];
   }
   __syncthreads();
 }

@@ -6,6 +6,7 @@ of N images of one position with F channels. A row is one position of one image.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class Chunks(NamedTuple):
 
 # Few enough that the threads of one block add up what they leave, many enough that all
 # multiprocessors of a large device have some to read.
-MAX_CHUNKS = 512
+MAX_CHUNKS = 256
 # Of the block that adds up, a thread for each of so many channels.
 FINISH_CHANNELS = 8
 FINISH_BLOCK = (FINISH_CHANNELS, MAX_THREADS // FINISH_CHANNELS)
@@ -68,6 +69,7 @@ _ROWS_OF_A_THREAD = 8
 def sizes(t: Tensor) -> Sizes:
     n, c, *positions = t.shape
     height, width = positions or (1, 1)
+    assert c * height * width < 2**31  # within an image kernels count in 32 bits
     return Sizes(n, c, height, width)
 
 
@@ -104,6 +106,7 @@ def _is_aligned(t: Tensor, num_bytes: int) -> bool:
     return t.data_ptr() % min(num_bytes, _ACCESS_BYTES) == 0
 
 
+@functools.cache
 def threads_for(num_channels: int, vector: int, num_slots: int) -> Threads:
     """Columns for the channels beside so many slots, a power of two; more slots where a warp would
     not be full."""

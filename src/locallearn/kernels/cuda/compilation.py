@@ -27,6 +27,7 @@ class Program(NamedTuple):
     constants: tuple[tuple[str, str], ...]
 
 
+@functools.cache
 def program(source: str, **constants: object) -> Program:
     """Arguments: a file beside this one, and what it says that a launch defines."""
     return Program(source, tuple((name, str(value)) for name, value in constants.items()))

@@ -2,8 +2,12 @@
 // without a toolkit; each conversion is one instruction of sm_80 and later.
 #pragma once
 
-struct bfloat16 { unsigned short bits; };
-struct float16 { unsigned short bits; };
+struct bfloat16 {
+  unsigned short bits;
+};
+struct float16 {
+  unsigned short bits;
+};
 
 __device__ inline float to_float(float x) { return x; }
 

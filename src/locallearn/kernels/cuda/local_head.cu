@@ -1,5 +1,5 @@
-// `local_head`; see `kernels.interface`. Also defined: ZERO_CROSSING, in units of phase,
-// and MAX_FEW_CLASSES.
+// `local_head`; see `kernels.interface`. Also defined: BASIS, what D is, one of the three
+// below; ZERO_CROSSING, in units of phase; MAX_FEW_CLASSES.
 //
 // With few classes a block takes one sample from the moments to G, and keeps the latent in shared
 // memory. With many, both products with D are matrix products and the library's: what is before,
@@ -14,7 +14,10 @@
 // Below this norm a latent is treated as zero (F.normalize's own epsilon).
 constexpr float kNormEps = 1e-12f;
 
-// -- the basis ------------------------------------------------------------------------------------
+// A matrix, or a periodic basis that is made where it is needed.
+constexpr int kMatrix = 0, kSine = 1, kSquare = 2;
+
+// -- the basis ----------------------------------------------------------------------------------
 
 // Phases are 64-bit integers, 2^64 a turn, so that turns which float32 could not hold fall away by
 // overflow, and no sine in double precision is needed.
@@ -24,55 +27,50 @@ __device__ inline unsigned long long phase_of(double turns) {
   return static_cast<unsigned long long>(static_cast<long long>(fraction * 0x1p64));
 }
 
-__device__ inline float wave(unsigned long long phase, bool is_square) {
+__device__ inline float wave(unsigned long long phase) {
   const bool is_negative = phase >> 63;
   const unsigned long long from_zero = is_negative ? 0 - phase : phase;  // 2^63: half a turn
   if (from_zero < ZERO_CROSSING || from_zero > (1ull << 63) - ZERO_CROSSING) return 0.0f;
   const float sign = is_negative ? -1.0f : 1.0f;
-  if (is_square) return sign;
+  if (BASIS == kSquare) return sign;
   // 31 bits of the angle, in half turns, from the nearest crossing.
   const int angle = static_cast<int>(from_zero >> 32);
   return sign * sinpif(min(angle, 0x7fffffff - angle) * 0x1p-31f);
 }
 
-// D: a matrix (K, T), or a periodic basis that is made where it is needed.
+// D, (K, T).
 struct Projection {
-  const float* matrix;  // null: a periodic basis
-  int stride_k, stride_t;
-  const double *turns, *first_phase;  // (K,)
-  int is_square;
-};
-
-// Row k of it.
-struct ProjectionRow {
   const float* matrix;
-  int stride;
-  unsigned long long first_phase, increment;
-  bool is_square;
-
-  __device__ float at(int t) const {
-    if (matrix != nullptr) return matrix[static_cast<long long>(t) * stride];
-    return wave(first_phase + increment * t, is_square);
-  }
+  int stride_k, stride_t;
+  const double *turns, *first_phase;  // (K,), of a periodic basis
 };
 
-__device__ inline ProjectionRow row_of(const Projection& projection, int k) {
-  if (projection.matrix == nullptr) {
-    return {nullptr, 0, phase_of(projection.first_phase[k]), phase_of(projection.turns[k]),
-            projection.is_square != 0};
-  }
-  const float* matrix = projection.matrix + static_cast<long long>(k) * projection.stride_k;
-  return {matrix, projection.stride_t, 0, 0, false};
+// Of a row of a periodic basis.
+struct Phases {
+  unsigned long long first, increment;
+};
+
+__device__ inline Phases phases_of(const Projection& projection, int k) {
+  return {phase_of(projection.first_phase[k]), phase_of(projection.turns[k])};
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) periodic_basis(
-    Projection projection, float* __restrict__ matrix, int length) {
-  const ProjectionRow row = row_of(projection, blockIdx.y);
+__device__ inline float element_of(const Projection& projection, const Phases* phases, int k,
+                                   int t) {
+  if (BASIS != kMatrix) return wave(phases[k].first + phases[k].increment * t);
+  return projection.matrix[static_cast<long long>(k) * projection.stride_k +
+                           static_cast<long long>(t) * projection.stride_t];
+}
+
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    periodic_basis(Projection projection, float* __restrict__ matrix, int length) {
+  const Phases phases = phases_of(projection, blockIdx.y);
   const int t = blockIdx.x * blockDim.x + threadIdx.x;
-  if (t < length) matrix[static_cast<long long>(blockIdx.y) * length + t] = row.at(t);
+  if (t >= length) return;
+  matrix[static_cast<long long>(blockIdx.y) * length + t] =
+      wave(phases.first + phases.increment * t);
 }
 
-// -- latents and their gradients --------------------------------------------------------------------
+// -- latents and their gradients ----------------------------------------------------------------
 
 // What p = gamma s1 + beta s0 is made of, and how it is flattened.
 struct Latents {
@@ -164,7 +162,7 @@ __device__ inline float inverse_norm_of(float sum_of_squares) {
   return norm <= kNormEps ? 0.0f : 1.0f / norm;
 }
 
-// -- the loss ---------------------------------------------------------------------------------------
+// -- the loss -----------------------------------------------------------------------------------
 
 struct Loss {
   const long long* labels;  // (N,)
@@ -202,8 +200,8 @@ __device__ inline float softmax_error(const Loss& loss, ProductOf product_of, Wr
   for (int k = lane; k < loss.num_classes; k += kWarp) {
     const float logit = product_of(k) / loss.temperature;
     const float log_probability = logit - highest - log_sum;
-    const float target = (k == label ? 1.0f - loss.label_smoothing : 0.0f) +
-                         loss.label_smoothing / loss.num_classes;
+    const float target =
+        (k == label ? 1.0f - loss.label_smoothing : 0.0f) + loss.label_smoothing / loss.num_classes;
     const float error = (expf(log_probability) - target) / (gridDim.x * loss.temperature);
     own_loss -= target * log_probability;
     radial += error * product_of(k);
@@ -221,19 +219,19 @@ __device__ inline float softmax_error(const Loss& loss, ProductOf product_of, Wr
   return sum_over_warp(radial);
 }
 
-// -- few classes ------------------------------------------------------------------------------------
+// -- few classes --------------------------------------------------------------------------------
 
 // Where t lies in shared memory: one place is left out after every 32, so that neither neighbouring
 // t nor neighbouring channels meet in one bank.
 __device__ inline int padded(int t) { return t + t / kWarp; }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) local_head(
-    Latents latents, Projection projection, Loss loss, int normalize,
-    float* __restrict__ grad_latents,  // (N, cells, C)
-    float* __restrict__ sums,          // (N, 2, C)
-    float* __restrict__ error_out,     // e, (N, K), and q, (N, T); or null: not kept
-    float* __restrict__ q_out) {
-  __shared__ ProjectionRow rows[MAX_FEW_CLASSES];
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    local_head(Latents latents, Projection projection, Loss loss, int normalize,
+               float* __restrict__ grad_latents,  // (N, cells, C)
+               float* __restrict__ sums,          // (N, 2, C)
+               float* __restrict__ error_out,     // e, (N, K), and q, (N, T); or null: not kept
+               float* __restrict__ q_out) {
+  __shared__ Phases phases[MAX_FEW_CLASSES];
   extern __shared__ float shared[];
   float* latent = shared;                             // p, and then dL/dp
   float* products = shared + padded(latents.length);  // <p, D_k>, and |p|^2 behind them
@@ -241,14 +239,17 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) local_head(
   const int thread = thread_index(), num_threads = blockDim.x * blockDim.y;
   const int warp = thread / kWarp, lane = thread % kWarp, num_warps = num_threads / kWarp;
 
-  if (thread < loss.num_classes) rows[thread] = row_of(projection, thread);
+  if (BASIS != kMatrix && thread < loss.num_classes) phases[thread] = phases_of(projection, thread);
   for_each_latent(latents, [&](int t, float p) { latent[padded(t)] = p; });
   __syncthreads();
 
   for (int k = warp; k <= loss.num_classes; k += num_warps) {
     float sum = 0.0f;
     if (k < loss.num_classes) {
-      for (int t = lane; t < latents.length; t += kWarp) sum += latent[padded(t)] * rows[k].at(t);
+#pragma unroll 4
+      for (int t = lane; t < latents.length; t += kWarp) {
+        sum += latent[padded(t)] * element_of(projection, phases, k, t);
+      }
     } else {
       for (int t = lane; t < latents.length; t += kWarp) {
         sum += latent[padded(t)] * latent[padded(t)];
@@ -275,7 +276,10 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) local_head(
 
   for (int t = thread; t < latents.length; t += num_threads) {
     float grad = 0.0f;
-    for (int k = 0; k < loss.num_classes; ++k) grad += error[k] * rows[k].at(t);
+#pragma unroll 4
+    for (int k = 0; k < loss.num_classes; ++k) {
+      grad += error[k] * element_of(projection, phases, k, t);
+    }
     const float q = latent[padded(t)] * inverse_norm;
     if (q_out != nullptr) q_out[static_cast<long long>(blockIdx.x) * latents.length + t] = q;
     latent[padded(t)] = (grad - q * error[loss.num_classes]) * inverse_norm;
@@ -284,12 +288,12 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) local_head(
   write_gradients(latents, [&](int t) { return latent[padded(t)]; }, grad_latents, sums);
 }
 
-// -- many classes -----------------------------------------------------------------------------------
+// -- many classes -------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) directions(
-    Latents latents, int normalize,
-    float* __restrict__ q,               // (N, T)
-    float* __restrict__ inverse_norms) {  // (N,)
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    directions(Latents latents, int normalize,
+               float* __restrict__ q,                // (N, T)
+               float* __restrict__ inverse_norms) {  // (N,)
   __shared__ float squares[kMaxThreads / kWarp];
   float inverse_norm = 1.0f;
   if (normalize) {
@@ -307,11 +311,11 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) directions(
   for_each_latent(latents, [&](int t, float p) { of_sample[t] = p * inverse_norm; });
 }
 
-extern "C" __global__ void __launch_bounds__(kWarp) errors(
-    Loss loss,
-    const float* __restrict__ products,  // q D^T, (N, K)
-    float* __restrict__ error,           // e, (N, K)
-    float* __restrict__ radials) {       // <q, dL/dq>, (N,)
+extern "C" __global__ void __launch_bounds__(kWarp)
+    errors(Loss loss,
+           const float* __restrict__ products,  // q D^T, (N, K)
+           float* __restrict__ error,           // e, (N, K)
+           float* __restrict__ radials) {       // <q, dL/dq>, (N,)
   const long long begin = static_cast<long long>(blockIdx.x) * loss.num_classes;
   const float radial = softmax_error(
       loss, [&](int k) { return products[begin + k]; },
@@ -319,14 +323,14 @@ extern "C" __global__ void __launch_bounds__(kWarp) errors(
   if (threadIdx.x == 0) radials[blockIdx.x] = radial;
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) gradients(
-    Latents latents, int normalize,
-    const float* __restrict__ grad_q,  // e D, (N, T), and q
-    const float* __restrict__ q,
-    const float* __restrict__ inverse_norms,  // (N,), and the next one
-    const float* __restrict__ radials,
-    float* __restrict__ grad_latents,  // (N, cells, C)
-    float* __restrict__ sums) {        // (N, 2, C)
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    gradients(Latents latents, int normalize,
+              const float* __restrict__ grad_q,  // e D, (N, T), and q
+              const float* __restrict__ q,
+              const float* __restrict__ inverse_norms,  // (N,), and the next one
+              const float* __restrict__ radials,
+              float* __restrict__ grad_latents,  // (N, cells, C)
+              float* __restrict__ sums) {        // (N, 2, C)
   const long long begin = static_cast<long long>(blockIdx.x) * latents.length;
   const float inverse_norm = inverse_norms[blockIdx.x];
   const float radial = normalize ? radials[blockIdx.x] : 0.0f;
@@ -335,22 +339,28 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) gradients(
       grad_latents, sums);
 }
 
-// -- sums over the batch ----------------------------------------------------------------------------
+// -- sums over the batch ------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) sum_up(
-    const float* __restrict__ sums,    // (N, 2, C)
-    const float* __restrict__ losses,  // (N,), and the next one
-    const int* __restrict__ is_correct,
-    float* __restrict__ loss, long long* __restrict__ num_correct, float* __restrict__ grad_gamma,
-    float* __restrict__ grad_beta, int batch_size, int num_channels) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    sum_up(const float* __restrict__ sums,    // (N, 2, C)
+           const float* __restrict__ losses,  // (N,), and the next one
+           const int* __restrict__ is_correct, float* __restrict__ loss,
+           long long* __restrict__ num_correct, float* __restrict__ grad_gamma,
+           float* __restrict__ grad_beta, int batch_size, int num_channels) {
   const int channel = blockIdx.x * blockDim.x + threadIdx.x;
   float of_channel[2] = {};
   if (channel < num_channels) {
-#pragma unroll 4
-    for (int n = threadIdx.y; n < batch_size; n += blockDim.y) {
-      const float* of_sample = sums + static_cast<long long>(n) * 2 * num_channels + channel;
-      of_channel[0] += of_sample[0];
-      of_channel[1] += of_sample[num_channels];
+    for (int first = threadIdx.y; first < batch_size; first += kBatch * blockDim.y) {
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int n = first + b * blockDim.y;
+        const bool is_sample = n < batch_size;
+        const float* of_sample =
+            sums + static_cast<long long>(is_sample ? n : 0) * 2 * num_channels + channel;
+        const float to_gamma = of_sample[0], to_beta = of_sample[num_channels];
+        of_channel[0] += is_sample ? to_gamma : 0.0f;
+        of_channel[1] += is_sample ? to_beta : 0.0f;
+      }
     }
   }
   sum_over_slots(of_channel);

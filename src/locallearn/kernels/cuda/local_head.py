@@ -36,6 +36,8 @@ from locallearn.kernels.reference.local_head import (
 
 # Up to here one block takes a sample from the moments to G.
 MAX_FEW_CLASSES = 64
+# What D is to local_head.cu: kMatrix, kSine and kSquare.
+_MATRIX, _SINE, _SQUARE = range(3)
 # What that block may share beside its own declarations, of the 48 KiB that every device has.
 _MAX_SHARED_BYTES = 32 * 2**10
 
@@ -47,7 +49,6 @@ class _Projection(ctypes.Structure):
         ("stride_t", ctypes.c_int),
         ("turns", ctypes.c_void_p),
         ("first_phase", ctypes.c_void_p),
-        ("is_square", ctypes.c_int),
     )
 
 
@@ -126,7 +127,7 @@ def local_head(
     vector = vector_of(c, *moments, grad, gamma, beta)
     threads = threads_for(c, vector, 1)
     call = _Call(
-        _program(vector),
+        _program(vector, projection),
         threads._replace(num_slots=MAX_THREADS // threads.num_columns),
         _Latents(*map(address, (*moments, gamma, beta)), c, num_cells, length),
         _Loss(
@@ -172,11 +173,15 @@ def local_head(
     return result
 
 
-def _program(vector: int) -> Program:
+def _program(vector: int, projection: Tensor | PeriodicBasis) -> Program:
+    basis = _MATRIX
+    if isinstance(projection, PeriodicBasis):
+        basis = _SQUARE if projection.is_square else _SINE
     return program(
         "local_head.cu",
         ELEMENT="float",
         VECTOR=vector,
+        BASIS=basis,
         MAX_FEW_CLASSES=MAX_FEW_CLASSES,
         ZERO_CROSSING=f"{round(ZERO_CROSSING * 2**64)}ull",
     )
@@ -185,10 +190,10 @@ def _program(vector: int) -> Program:
 def _projection(projection: Tensor | PeriodicBasis) -> _Projection:
     """By addresses: what they belong to must outlive the launch's call."""
     if isinstance(projection, Tensor):
-        return _Projection(address(projection), *projection.stride(), None, None, 0)
+        return _Projection(address(projection), *projection.stride(), None, None)
     phases = projection.turns, projection.first_phase
     assert all(t.is_contiguous() for t in phases)
-    return _Projection(None, 0, 0, *map(address, phases), projection.is_square)
+    return _Projection(None, 0, 0, *map(address, phases))
 
 
 def _project_to_few(
@@ -255,7 +260,7 @@ def periodic_basis(basis: PeriodicBasis) -> Tensor:
     num_classes, length = len(basis.turns), basis.latent_length
     matrix = empty(basis.turns, num_classes, length)
     launch(
-        _program(1),
+        _program(1, basis),
         "periodic_basis",
         (ceil_div(length, MAX_THREADS), num_classes),
         (MAX_THREADS,),

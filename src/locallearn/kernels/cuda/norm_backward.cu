@@ -3,9 +3,6 @@
 
 #include "common.cuh"
 
-// Rows that a thread loads before it uses the first; see block_backward.cu.
-constexpr int kBatch = 4;
-
 __device__ inline Normalization load_normalization(const float* mean, const float* inv_std,
                                                    const float* gamma, const float* beta,
                                                    int channel, float negative_slope) {
@@ -13,15 +10,14 @@ __device__ inline Normalization load_normalization(const float* mean, const floa
           load(beta + channel), negative_slope};
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) partial_gradients(
-    const Element* __restrict__ z,            // (rows, C), and the next one
-    const Element* __restrict__ grad_output,  // dL/dh
-    float* __restrict__ partial,        // (2, chunks, C): of dL/dgamma, and of dL/dbeta
-    const float* __restrict__ mean,     // (C,), and the next three
-    const float* __restrict__ inv_std,
-    const float* __restrict__ gamma,
-    const float* __restrict__ beta,
-    float negative_slope, int num_rows, int rows_of_a_chunk, int num_channels) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    partial_gradients(const Element* __restrict__ z,            // (rows, C), and the next one
+                      const Element* __restrict__ grad_output,  // dL/dh
+                      float* __restrict__ partial,  // (2, chunks, C): of dL/dgamma, and of dL/dbeta
+                      const float* __restrict__ mean,  // (C,), and the next three
+                      const float* __restrict__ inv_std, const float* __restrict__ gamma,
+                      const float* __restrict__ beta, float negative_slope, int num_rows,
+                      int rows_of_a_chunk, int num_channels) {
   const int channel = first_channel();
   const int begin = blockIdx.x * rows_of_a_chunk;
   const int end = min(begin + rows_of_a_chunk, num_rows);
@@ -29,16 +25,26 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) partial_gradients(
   if (channel < num_channels) {
     const Normalization norm =
         load_normalization(mean, inv_std, gamma, beta, channel, negative_slope);
-#pragma unroll 4
-    for (int i = begin + threadIdx.y; i < end; i += blockDim.y) {
-      const long long place = static_cast<long long>(i) * num_channels + channel;
-      const Values values = load(z + place), grad_h = load(grad_output + place);
+    for (int first = begin + threadIdx.y; first < end; first += kBatch * blockDim.y) {
+      Values values[kBatch], grad_h[kBatch];
 #pragma unroll
-      for (int j = 0; j < VECTOR; ++j) {
-        const float xh = norm.normalized(values.of[j], j);
-        const float grad_v = norm.slope(norm.before_activation(xh, j)) * grad_h.of[j];
-        sums[j] += grad_v * xh;
-        sums[VECTOR + j] += grad_v;
+      for (int b = 0; b < kBatch; ++b) {
+        const int i = min(first + b * static_cast<int>(blockDim.y), end - 1);
+        const long long place = static_cast<long long>(i) * num_channels + channel;
+        values[b] = load(z + place);
+        grad_h[b] = load(grad_output + place);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const bool is_row = first + b * blockDim.y < end;
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) {
+          const float xh = norm.normalized(values[b].of[j], j);
+          const float slope = norm.slope(norm.before_activation(xh, j));
+          const float grad_v = is_row ? slope * grad_h[b].of[j] : 0.0f;
+          sums[j] += is_row ? grad_v * xh : 0.0f;
+          sums[VECTOR + j] += grad_v;
+        }
       }
     }
   }
@@ -56,19 +62,24 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) partial_gradients(
   store(place + step, of_beta);
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) sum_gradients(
-    const float* __restrict__ partial, float* __restrict__ grad_gamma,
-    float* __restrict__ grad_beta, int num_chunks, int num_channels) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    sum_gradients(const float* __restrict__ partial, float* __restrict__ grad_gamma,
+                  float* __restrict__ grad_beta, int num_chunks, int num_channels) {
   const int channel = blockIdx.x * blockDim.x + threadIdx.x;
   const bool is_channel = channel < num_channels;
   const float* place = partial + (is_channel ? channel : 0);
   const long long step = static_cast<long long>(num_chunks) * num_channels;
   float sums[2] = {};
-#pragma unroll 4
-  for (int chunk = threadIdx.y; chunk < num_chunks; chunk += blockDim.y) {
-    const float* of_chunk = place + static_cast<long long>(chunk) * num_channels;
-    sums[0] += of_chunk[0];
-    sums[1] += of_chunk[step];
+  for (int first = threadIdx.y; first < num_chunks; first += kBatch * blockDim.y) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int chunk = first + b * blockDim.y;
+      const bool is_chunk = chunk < num_chunks;
+      const float* of_chunk = place + static_cast<long long>(is_chunk ? chunk : 0) * num_channels;
+      const float of_gamma = of_chunk[0], of_beta = of_chunk[step];
+      sums[0] += is_chunk ? of_gamma : 0.0f;
+      sums[1] += is_chunk ? of_beta : 0.0f;
+    }
   }
   sum_over_slots(sums);
   if (threadIdx.y == 0 && is_channel) {
@@ -77,16 +88,14 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) sum_gradients(
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) norm_backward(
-    Element* z,                                // (rows, C); becomes dL/dz
-    const Element* __restrict__ grad_output,   // dL/dh, (rows, C)
-    const float* __restrict__ mean,      // (C,), and the next five
-    const float* __restrict__ inv_std,
-    const float* __restrict__ gamma,
-    const float* __restrict__ beta,
-    const float* __restrict__ grad_gamma,
-    const float* __restrict__ grad_beta,
-    float negative_slope, float inverse_n, int num_rows, int num_channels) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    norm_backward(Element* z,                               // (rows, C); becomes dL/dz
+                  const Element* __restrict__ grad_output,  // dL/dh, (rows, C)
+                  const float* __restrict__ mean,           // (C,), and the next five
+                  const float* __restrict__ inv_std, const float* __restrict__ gamma,
+                  const float* __restrict__ beta, const float* __restrict__ grad_gamma,
+                  const float* __restrict__ grad_beta, float negative_slope, float inverse_n,
+                  int num_rows, int num_channels) {
   const int channel = first_channel();
   if (channel >= num_channels) return;
   const Normalization norm =
@@ -97,25 +106,22 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) norm_backward(
   Values values[kBatch], grad_h[kBatch];
 #pragma unroll
   for (int b = 0; b < kBatch; ++b) {
-    const int i = first + b * blockDim.y;
+    const int i = min(first + b * static_cast<int>(blockDim.y), num_rows - 1);
     const long long place = static_cast<long long>(i) * num_channels + channel;
-    if (i >= num_rows) break;
     values[b] = load(z + place);
     grad_h[b] = load(grad_output + place);
   }
 #pragma unroll
   for (int b = 0; b < kBatch; ++b) {
     const int i = first + b * blockDim.y;
-    const long long place = static_cast<long long>(i) * num_channels + channel;
     if (i >= num_rows) break;
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) {
       const float xh = norm.normalized(values[b].of[j], j);
       const float d = norm.slope(norm.before_activation(xh, j));
       const float mean_grad = fmaf(xh, to_gamma.of[j], to_beta.of[j]) * inverse_n;
-      values[b].of[j] =
-          norm.gamma.of[j] * norm.inv_std.of[j] * (d * grad_h[b].of[j] - mean_grad);
+      values[b].of[j] = norm.gamma.of[j] * norm.inv_std.of[j] * (d * grad_h[b].of[j] - mean_grad);
     }
-    store(z + place, values[b]);
+    store(z + static_cast<long long>(i) * num_channels + channel, values[b]);
   }
 }

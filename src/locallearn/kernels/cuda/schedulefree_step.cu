@@ -25,15 +25,15 @@ struct Clock {
 };
 
 // Counts the step. A kernel of its own, since each block of the other reads what this one writes.
-extern "C" __global__ void __launch_bounds__(kWarp) advance(
-    Clock clock, Scalars* scalars, double beta1, double log_beta2, double warmup_steps, double r,
-    double weight_lr_power, int averages_by_bias_correction) {
+extern "C" __global__ void __launch_bounds__(kWarp)
+    advance(Clock clock, Scalars* scalars, double beta1, double log_beta2, double warmup_steps,
+            double r, double weight_lr_power, int averages_by_bias_correction) {
   const double k = *clock.step + 1;
   const double lr = *clock.lr * (warmup_steps > 0 ? fmin(k / warmup_steps, 1.0) : 1.0);
   const double lr_max = fmax(lr, *clock.lr_max);
   const double bias2 = 1 - exp(k * log_beta2);
-  const double weight = averages_by_bias_correction ? lr * lr * bias2
-                                                    : pow(k, r) * pow(lr_max, weight_lr_power);
+  const double weight =
+      averages_by_bias_correction ? lr * lr * bias2 : pow(k, r) * pow(lr_max, weight_lr_power);
   const double weight_sum = *clock.weight_sum + weight;
   // A rate of zero weighs nothing; the average then stays where it is.
   const double c = weight_sum > 0 ? weight / weight_sum : 0;
@@ -57,9 +57,9 @@ __device__ inline void update(float& y, float g, float& z, float& v, const Scala
   z = z - step.lr * direction;
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) schedulefree_step(
-    const __grid_constant__ Parameters parameters, const Scalars* __restrict__ scalars,
-    Adam adam) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    schedulefree_step(const __grid_constant__ Parameters parameters,
+                      const Scalars* __restrict__ scalars, Adam adam) {
   int i = 0;
   while (blockIdx.x >= parameters.first_block[i + 1]) ++i;
   const long long block = blockIdx.x - parameters.first_block[i];

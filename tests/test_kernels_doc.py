@@ -1,0 +1,36 @@
+"""docs/kernels.md says what the code counts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from locallearn.engine.op_benchmark import count_bytes
+from locallearn.models import build_model
+
+PAGE = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+OPS = ("channel_stats", "block_forward", "local_head", "block_backward", "schedulefree_step")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bytes_of_smallconv(precision: str) -> None:
+    model = build_model("smallconv", num_classes=10, in_channels=3, image_size=32)
+    counted = count_bytes(
+        model, image_shape=(3, 32, 32), batch_size=128, num_classes=10, precision=precision
+    )
+    rows = re.findall(rf"^\| (\w+) \| {precision} \| (.+) \|$", PAGE, re.MULTILINE)
+    assert [name for name, _ in rows] == list(dict.fromkeys(block for block, _ in counted))
+    for name, cells in rows:
+        expected = [f"{counted[name, op] / 1e6:.2f}" for op in OPS]
+        assert cells.split(" | ") == expected
+
+
+def test_sum_of_smallconv() -> None:
+    cells = re.findall(r"^\| \w+ \| fp32 \| (.+) \|$", PAGE, re.MULTILINE)
+    total = sum(float(cell) for row in cells for cell in row.split(" | "))
+    (said,) = re.findall(r"The whole of fp32 is\s+(\d+) MB", PAGE)
+    assert total == pytest.approx(int(said), abs=0.5)
+    (time,) = re.findall(r"data sheet, (\d+) us", PAGE)
+    assert int(time) == round(total / 4.8)
