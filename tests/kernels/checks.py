@@ -82,6 +82,17 @@ def block_inputs(
     return z, ChannelStats(randn(c), randn(c).abs() + 0.5), randn(c), randn(c)
 
 
+HEAD = [
+    "loss",
+    "num_correct",
+    "logits",
+    "grad_latents",
+    "grad_gamma",
+    "grad_beta",
+    "grad_projection",
+]
+
+
 def head_inputs(shape: tuple[int, ...], num_classes: int) -> tuple[Moments, Tensor, Tensor, Tensor]:
     moments = Moments(randn(*shape).abs(), randn(*shape))
     if len(shape) == 4:

@@ -16,6 +16,7 @@ import torch
 from schedulefree import AdamWScheduleFree
 from tests.kernels.checks import (
     DEVICE,
+    HEAD,
     SHAPES,
     Trajectory,
     arrange,
@@ -245,15 +246,6 @@ def test_channel_stats_far_from_zero(kernels: ModuleType, monkeypatch: pytest.Mo
     check(kernels.channel_stats(z, eps=1e-3), *results, ["mean", "inv_std"])
 
 
-HEAD = [
-    "loss",
-    "num_correct",
-    "logits",
-    "grad_latents",
-    "grad_gamma",
-    "grad_beta",
-    "grad_projection",
-]
 # shape of the moments, classes, latent length, and why the row is there
 HEADS = [
     ((4, 5, 2, 2), 3, 20, "odd sizes"),

@@ -24,6 +24,7 @@ from locallearn.kernels.cuda.launching import Size, Value
 _FOLDER = Path(__file__).parent
 _KERNEL = re.compile(r'extern "C" __global__ void(?:\s+__launch_bounds__\([^)]+\))?\s+(\w+)\(')
 _DYNAMIC_SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
+_SHARED = re.compile(r"__shared__ (\w+) (\w+)((?:\[[^;]+\])*);")
 _KINDS = {
     ctypes.c_void_p: "p",
     ctypes.c_int: "i",
@@ -105,6 +106,9 @@ def _library(folder: Path, program: Program) -> ctypes.CDLL:
     """Compiled once, for all processes that share the folder."""
     source = source_text(program.source, without="half.cuh")
     source = _DYNAMIC_SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(device::dynamic_shared);", source)
+    source = _SHARED.sub(
+        r"static \1 \2\3; static const bool \2_is_shared = device::share(&\2, sizeof \2);", source
+    )
     kernels = "".join(f"KERNEL({name})\n" for name in _KERNEL.findall(source))
     text = f"{_headers()}\n{source}\n{kernels}"
     macros = [f"-D{name}={value}" for name, value in program.constants]

@@ -17,7 +17,6 @@
 
 #define __global__
 #define __device__
-#define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -55,6 +54,22 @@ inline unsigned int current;
 inline char* dynamic_shared;
 inline void (*body)(void**);
 inline void** arguments;
+
+struct Shared {
+  void* place;
+  std::size_t num_bytes;
+};
+inline std::vector<Shared> static_shared;
+
+// Of a block, as long as it runs: each finds it all bits, so floats NaN.
+inline void poison(const Shared& shared) { std::memset(shared.place, 0xff, shared.num_bytes); }
+
+// Called once for a variable, when the first thread comes to it.
+inline bool share(void* place, std::size_t num_bytes) {
+  static_shared.push_back({place, num_bytes});
+  poison(static_shared.back());
+  return true;
+}
 
 inline void wait(State state) {
   fibers[current].state = state;
@@ -157,7 +172,8 @@ inline const char* run(void (*call)(void**), void** values, const unsigned int* 
   for (unsigned int i = 0; i < num_blocks; ++i) {
     const unsigned int block = is_reversed ? num_blocks - 1 - i : i;
     blockIdx = {block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y};
-    std::fill(shared.begin(), shared.end(), std::nan(""));
+    std::for_each(static_shared.begin(), static_shared.end(), poison);
+    poison({shared.data(), shared.size() * sizeof(double)});
     if (const char* problem = run_block(is_reversed)) return problem;
   }
   return nullptr;
