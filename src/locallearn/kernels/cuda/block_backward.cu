@@ -21,7 +21,8 @@ __device__ inline Values unpooled(const float* grad_image, int y, int x, int hei
   return sum;
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads)
+// One block of a multiprocessor is enough, said so: left to choose, ptxas spills for a second.
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     block_backward(Element* z,                              // (N, H, W, C); becomes dL/dz
                    const float* __restrict__ grad_latents,  // G, (N, cells_h, cells_w, C)
                    const float* __restrict__ mean,          // (C,), and the next five

@@ -323,7 +323,8 @@ extern "C" __global__ void __launch_bounds__(kWarp)
   if (threadIdx.x == 0) radials[blockIdx.x] = radial;
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads)
+// 1: see block_backward.cu.
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     gradients(Latents latents, int normalize,
               const float* __restrict__ grad_q,  // e D, (N, T), and q
               const float* __restrict__ q,
