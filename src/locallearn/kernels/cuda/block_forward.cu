@@ -9,6 +9,7 @@
 
 // At a time; a window of several positions is a batch by itself.
 constexpr int kWindows = MAX_POOL == 1 ? kBatch : 1;
+constexpr int kUnrolledLines = MAX_POOL <= 2 ? MAX_POOL : 1;  // nvcc expands no macro in a pragma
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads, 2)
     block_forward(const Element* __restrict__ z,  // (N, H, W, C)
@@ -47,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 2)
         window_x[b] = windows_x.begin + i % windows_x.size();
       }
       Values highest[kWindows];
-#pragma unroll(MAX_POOL <= 2 ? MAX_POOL : 1)
+#pragma unroll(kUnrolledLines)
       for (int dy = 0; dy < MAX_POOL; ++dy) {
         Values line[kWindows][MAX_POOL];
 #pragma unroll
