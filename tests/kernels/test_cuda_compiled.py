@@ -24,6 +24,7 @@ from benchmarks.kernel_resources import (
     parse_report,
     programs_of,
 )
+from tests.kernels.nvrtc import missing
 
 import locallearn.kernels.cuda
 from locallearn.kernels.cuda.compilation import Program, source_text
@@ -42,25 +43,10 @@ WIDE_ACCESSES = {
 }
 
 
-@functools.cache
-def nvrtc_missing() -> str | None:
-    """What NVRTC lacks here, or None. It needs no driver."""
-    try:
-        from cuda.bindings import nvrtc
-        from cuda.core import Program as _  # noqa: F401
-    except ImportError:
-        return "the package cuda-core is not installed"
-    try:
-        nvrtc.nvrtcVersion()
-    except RuntimeError as error:
-        return f"NVRTC is not installed: {error}"
-    return None
-
-
 @pytest.fixture
 def nvrtc() -> None:
-    if missing := nvrtc_missing():
-        pytest.skip(missing)
+    if lacks := missing():
+        pytest.skip(lacks)
 
 
 @pytest.fixture(scope="module")
