@@ -48,7 +48,7 @@ def install(monkeypatch: pytest.MonkeyPatch):
     def installed(types: list[type], status: driver.CUresult = driver.CUresult.CUDA_SUCCESS):
         noting = Driver(types, status)
         monkeypatch.setattr(driver, "cuLaunchKernel", noting.launch)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(launching, "_current_device", lambda: -1)  # the CPU's number
         stream = SimpleNamespace(cuda_stream=STREAM)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
         monkeypatch.setattr(launching, "_kernel", lambda *key: SimpleNamespace(handle=HANDLE))
@@ -77,6 +77,35 @@ def test_a_refused_launch_is_no_silence(install) -> None:
     install([], driver.CUresult.CUDA_ERROR_INVALID_VALUE)
     with pytest.raises(RuntimeError, match=r"kernel name .* not started: CUDA_ERROR_INVALID_VALUE"):
         launching.launch(PROGRAM, "name", (1,), (32,))
+
+
+def test_tensors_of_another_device_are_refused(install, monkeypatch) -> None:
+    """Their addresses would be another's, or nobody's, on the device that runs the kernel."""
+    noted = install([ctypes.c_void_p])
+    tensor = torch.zeros(3)
+    monkeypatch.setattr(launching, "_current_device", lambda: 1)
+    line = r"current device, cuda:1, and a tensor is on cpu\. .* torch\.cuda\.set_device"
+    with pytest.raises(UserError, match=line):
+        launching.launch(PROGRAM, "name", (1,), (32,), tensor)
+    with pytest.raises(UserError, match=line):
+        Pair(launching.address(tensor), 9)
+    assert launching.address(None) is None
+    assert noted.calls == []
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ((5, 65_536), r"name would take 65,536 blocks along y, and a device starts 65,535 at most"),
+        ((2**31, 1), r"name would take 2,147,483,648 blocks along x, and"),
+    ],
+)
+def test_more_blocks_than_a_device_starts(install, grid: tuple[int, int], said: str) -> None:
+    noted = install([])
+    with pytest.raises(UserError, match=rf"{said}.* Use the compiled or reference backend\.$"):
+        launching.launch(PROGRAM, "name", grid, (32,))
+    launching.launch(PROGRAM, "name", (2**31 - 1, 65_535), (32,))
+    assert len(noted.calls) == 1
 
 
 @pytest.mark.parametrize("argument", [2**31, -(2**31) - 1])

@@ -76,6 +76,7 @@ class Device:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launching, "run", self.run)
+        monkeypatch.setattr(launching, "_current_device", lambda: -1)  # the CPU's number
 
     def run(
         self,

@@ -50,16 +50,42 @@ def launch(
         arguments: in the kernel's order. A tensor stands for where it begins, None for a null
             pointer, an int for a C int and a float for a C float.
         num_shared_bytes: what a block shares beside its own declarations.
+
+    Raises:
+        UserError: more blocks than a device starts, which are as many as the tensors' shapes ask
+            for; or tensors of another device.
     """
     if 0 in grid:
         return
-    assert all(size <= limit for size, limit in zip(grid, MAX_GRID, strict=False))
+    for axis, size, limit in zip("xyz", grid, MAX_GRID, strict=False):
+        assert size > 0
+        if size > limit:
+            raise UserError(
+                f"the tensors are too large for the cuda backend: its kernel {name} would take "
+                f"{size:,} blocks along {axis}, and a device starts {limit:,} at most. Use the "
+                f"compiled or reference backend."
+            )
     run(program, name, grid, block, [_value(a) for a in arguments], num_shared_bytes)
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Where a tensor begins, as a field of a structure takes it."""
-    return None if tensor is None else tensor.data_ptr()
+    """Where a tensor begins, as a field of a structure takes it.
+
+    Raises:
+        UserError: it is not on the current device, on which kernels run.
+    """
+    if tensor is None:
+        return None
+    if tensor.get_device() != _current_device():
+        raise UserError(
+            f"the cuda backend runs on the current device, cuda:{_current_device()}, and a tensor "
+            f"is on {tensor.device}. Choose its device first, by torch.cuda.set_device."
+        )
+    return tensor.data_ptr()
+
+
+def _current_device() -> int:
+    return torch.cuda.current_device()
 
 
 def _value(argument: Argument) -> Value:
@@ -84,7 +110,7 @@ def run(
     """Start a kernel on the current device's current stream."""
     from cuda.bindings import driver
 
-    kernel = _kernel(program, name, torch.cuda.current_device())
+    kernel = _kernel(program, name, _current_device())
     addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
     (status,) = driver.cuLaunchKernel(
         driver.CUfunction(int(kernel.handle)),
