@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.kernels.checks import DEVICE, check
 from torch import Tensor, nn
 
 from locallearn import LocalLearner, build_model
 from locallearn.engine.optimizers import ScheduleFreeAdamW
-from tests.kernels.checks import DEVICE, check
 
 pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda", reason="test_gpu.py has it where there is a GPU"),
