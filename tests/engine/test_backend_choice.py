@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -145,6 +147,23 @@ def test_random_numbers_stay_where_they_are(clock, data, monkeypatch) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_no_other_device_is_seeded(clock, data, monkeypatch) -> None:
+    """Their numbers would not be put back."""
+    drawn = []
+
+    def run_step(settings: TrainConfig, *_: Any) -> Any:
+        drawn.append(torch.rand(3))
+        learner = SimpleNamespace(block_paths={0: "closed form"})
+        return learner, clock.taking(1.0)
+
+    monkeypatch.setattr(backend_choice, "_run_step", run_step)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)
+    choose_measured(RIVALS, settings(seed=7), data, Team())
+    expected = torch.rand(3, generator=torch.Generator().manual_seed(7))
+    assert len(drawn) == 2
+    assert all(torch.equal(each, expected) for each in drawn)
+
+
 def test_without_a_closed_form_nothing_is_measured(clock, data, monkeypatch) -> None:
     run_step = steps_of(clock, {"triton": 2, "cuda": 1}, paths=("generic",))
     monkeypatch.setattr(backend_choice, "_run_step", run_step)
@@ -176,6 +195,65 @@ def test_what_both_say_is_said(clock, data, monkeypatch) -> None:
     monkeypatch.setattr(backend_choice, "_run_step", failing(clock, errors))
     with pytest.raises(UserError, match=r"^triton says no$"):
         choose_measured(RIVALS, settings(), data, Team())
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        (
+            {"cuda": torch.OutOfMemoryError()},
+            ("triton", "auto: too little memory to measure cuda beside it"),
+        ),
+        (  # nothing else is tried then
+            {"triton": torch.OutOfMemoryError()},
+            ("triton", "auto: too little memory to measure cuda beside it"),
+        ),
+        (  # what can't run is not what it comes to
+            {"triton": UserError("no compiler."), "cuda": torch.OutOfMemoryError()},
+            (
+                "cuda",
+                "auto: too little memory to measure it, triton can't be used (no compiler.)",
+            ),
+        ),
+    ],
+)
+def test_too_little_memory_for_both_ends_no_run(
+    errors: dict[str, Exception], expected: tuple[str, str], clock, data, monkeypatch
+) -> None:
+    monkeypatch.setattr(backend_choice, "_run_step", failing(clock, errors))
+    before = torch.get_rng_state()
+    assert choose_measured(RIVALS, settings(), data, Team()) == expected
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_too_little_memory_for_the_data_or_for_taking_turns(clock, data, monkeypatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    expected = ("triton", "auto: too little memory to measure cuda beside it")
+    monkeypatch.setattr(backend_choice, "_run_step", steps_of(clock, {"triton": 2, "cuda": 1}))
+    with monkeypatch.context() as patch:
+        patch.setattr(backend_choice, "medians_in_turn", full)
+        assert choose_measured(RIVALS, settings(), data, Team()) == expected
+    monkeypatch.setattr(type(data.train), "to", full)
+    assert choose_measured(RIVALS, settings(), data, Team()) == expected
+
+
+def test_what_was_made_is_let_go_when_memory_runs_out(clock, data, monkeypatch) -> None:
+    """The run that follows is to have all of it."""
+    honest, held = steps_of(clock, {"triton": 2}), []
+
+    def run_step(settings: TrainConfig, *rest: Any) -> Any:
+        if settings.backend == "cuda":
+            raise torch.OutOfMemoryError
+        learner, step = honest(settings, *rest)
+        held.append(weakref.ref(step))
+        return learner, step
+
+    monkeypatch.setattr(backend_choice, "_run_step", run_step)
+    choose_measured(RIVALS, settings(), data, Team())
+    gc.collect()
+    assert [each() for each in held] == [None]
 
 
 @pytest.mark.parametrize("backend", RIVALS)
@@ -222,15 +300,6 @@ def test_where_one_is_missing_the_reason_names_it(absent, expected, data, monkey
     monkeypatch.setattr(backend_choice, "fastest_candidates", lambda *_: able)
     monkeypatch.setattr(backend_choice, "missing_for", lambda name, *_: absent.get(name))
     assert choose_run_backend(on_device(settings()), data) == expected
-
-
-def test_too_little_memory_for_both_is_said_with_the_way_out(on_cuda, data, monkeypatch) -> None:
-    def measured(*arguments: Any) -> tuple[str, str]:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(backend_choice, "choose_measured", measured)
-    with pytest.raises(UserError, match=r"ran out of memory while triton and cuda .*--backend tri"):
-        choose_run_backend(on_device(settings()), data)
 
 
 # -- a run ----------------------------------------------------------------------------------------

@@ -1,8 +1,14 @@
-"""New memory that shows what was not written, and what was written that is not its own."""
+"""New memory that shows what was not written, and what was written that is not its own.
+
+Under a tool that looks for the same (benchmarks/sanitize_kernels.py) the environment variable
+LOCALLEARN_TESTS_PLAIN_MEMORY=1 leaves memory as it comes: filled memory is never uninitialized, and
+what is written to its margins is within an allocation.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +33,8 @@ class GuardedMemory:
         self._empty = torch.empty
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if os.environ.get("LOCALLEARN_TESTS_PLAIN_MEMORY") == "1":
+            return
         for name in ("empty", "empty_like"):
             monkeypatch.setattr(torch, name, self._guarded(getattr(torch, name)))
 

@@ -16,7 +16,8 @@ Hide = Callable[..., None]
 
 @pytest.fixture
 def with_packages(monkeypatch: pytest.MonkeyPatch) -> Hide:
-    """Every package is there, apart from those that are given; no device is asked anything."""
+    """Every package and compiler is there, apart from the packages that are given; no device is
+    asked anything."""
 
     def only_without(*absent: str) -> None:
         def find_spec(name: str) -> object | None:
@@ -28,8 +29,17 @@ def with_packages(monkeypatch: pytest.MonkeyPatch) -> Hide:
         monkeypatch.setattr("locallearn.kernels.backends.importlib.util.find_spec", find_spec)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    has_programs(monkeypatch, "gcc", "g++")
     only_without()
     return only_without
+
+
+def has_programs(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(
+        "locallearn.kernels.backends.shutil.which", lambda name: name if name in names else None
+    )
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
 
 
 def has_capability(monkeypatch: pytest.MonkeyPatch, *capability: int) -> None:
@@ -72,6 +82,24 @@ def test_a_package_that_is_not_there_is_named_with_what_brings_it(
     line = rf"'cuda' needs the package {package}, .* \(pip install 'locallearn\[cuda\]'\)\. Use"
     with pytest.raises(UserError, match=line):
         choose_backend("cuda", "cuda")
+
+
+def test_triton_builds_its_launcher_with_a_c_compiler(with_packages: Hide, monkeypatch) -> None:
+    line = "needs a C compiler (gcc or clang, or what CC names), and none is on the PATH"
+    has_programs(monkeypatch, "g++")  # which Triton does not try
+    assert missing_for("triton", "cuda") == missing_for("compiled", "cuda") == line
+    assert fastest_candidates("cuda") == ["cuda"]  # NVRTC is a compiler of its own
+    assert choose_backend("auto", "cuda") == "cuda"
+    with pytest.raises(UserError, match=r"backend 'triton' needs a C compiler"):
+        choose_backend("triton", "cuda")
+    for name in ("gcc", "clang"):
+        has_programs(monkeypatch, name)
+        assert missing_for("triton", "cuda") is None
+    monkeypatch.setenv("CC", "mycc")  # it tries no other then
+    assert missing_for("triton", "cuda") == line
+    has_programs(monkeypatch, "mycc")
+    monkeypatch.setenv("CC", "mycc")
+    assert missing_for("triton", "cuda") is None
 
 
 def test_nothing_is_imported_to_know_it() -> None:

@@ -24,6 +24,23 @@ constants = {"ELEMENT": "float", "VECTOR": 1, "MAX_THREADS": 256, "BATCH": 4}
 code = compiled(program("augment.cu", **constants), "sm_90").code
 assert code == b"as it lies on disk", code[:20]
 """
+# What loads libraries is replaced before bindings have loaded theirs.
+_WITHOUT_NVRTC = """
+import cuda.pathfinder
+
+def load(name):
+    raise cuda.pathfinder.DynamicLibNotFoundError(f"Failure finding {name}.\\nAttempted: none")
+
+cuda.pathfinder.load_nvidia_dynamic_lib = load
+from locallearn.errors import UserError
+from locallearn.kernels.cuda.compilation import compiled, program
+try:
+    compiled(program("augment.cu", ELEMENT="float", VECTOR=1), "sm_90")
+except UserError as error:
+    said = str(error)
+expected = "compiled by NVRTC, which can't be loaded (Failure finding nvrtc). It comes with PyTorch"
+assert expected in said, said
+"""
 _IMPORTS_NOTHING = """
 import sys
 import locallearn
@@ -99,12 +116,41 @@ def test_a_cache_that_cannot_be_written(cache: Path) -> None:
         compiled(SMALL, "sm_90")
 
 
+def test_an_architecture_that_nvrtc_does_not_know(cache: Path) -> None:
+    line = r"NVRTC that is installed is too old .* for this device, sm_555\. Use --backend triton"
+    with pytest.raises(UserError, match=line):
+        compiled(SMALL, "sm_555")
+    assert entries(cache) == []
+
+
+def test_nvrtc_without_its_own_library(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cuda.core
+
+    class Program:
+        def __init__(self, *_: object) -> None: ...
+
+        def compile(self, *_: object, **__: object) -> None:
+            raise Exception(
+                "7: NVRTC_ERROR_BUILTIN_OPERATION_FAILURE, compilation log:\n\n"
+                "nvrtc: error: failed to open libnvrtc-builtins.so.13.2."
+            )
+
+    monkeypatch.setattr(cuda.core, "Program", Program)
+    with pytest.raises(UserError, match=r"NVRTC, .*, does not find its library .*builtins\. Use"):
+        compiled(SMALL, "sm_90")
+
+
+def test_where_nvrtc_is_not_installed(cache: Path) -> None:
+    in_a_process(_WITHOUT_NVRTC, {"XDG_CACHE_HOME": str(cache)})
+
+
 def test_an_error_of_the_source_is_shown(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cuda.bindings import nvrtc  # noqa: F401
 
     monkeypatch.setattr(compilation, "source_text", lambda name: "int broken")
-    with pytest.raises(Exception, match=r"expected a \";\"|expected a ';'"):
+    with pytest.raises(Exception, match=r"expected a \";\"|expected a ';'") as raised:
         compiled(SMALL, "sm_90")
+    assert not isinstance(raised.value, UserError)  # a bug, which `auto` is not to pass over
     assert entries(cache) == []
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("cuda.bindings", reason="the package cuda-bindings is not in
 
 from cuda.bindings import driver
 
+from locallearn.errors import UserError
 from locallearn.kernels.cuda import launching
 from locallearn.kernels.cuda.compilation import program
 
@@ -83,3 +84,40 @@ def test_an_int_that_does_not_fit_is_seen(install, argument: int) -> None:
     install([ctypes.c_int])
     with pytest.raises(AssertionError):
         launching.launch(PROGRAM, "name", (1,), (32,), argument)
+
+
+# -- loading --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    """Loads a kernel, which the driver refuses with this error."""
+
+    def loaded(error: str) -> None:
+        class Code:
+            def get_kernel(self, name: str) -> None:
+                raise Exception(error)
+
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(launching, "_loaded", lambda *key: Code())
+        launching._kernel.__wrapped__(PROGRAM, "name", 0)
+
+    return loaded
+
+
+def test_code_that_the_driver_does_not_take(load) -> None:
+    said = r"can't load the compiled kernels \(CUDA_ERROR_NO_BINARY_FOR_GPU: x\): .* triton\."
+    with pytest.raises(UserError, match=said):
+        load("CUDA_ERROR_NO_BINARY_FOR_GPU: x\nmore")
+
+
+def test_no_room_for_the_code(load) -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="kernel name: CUDA_ERROR_OUT_OF_M"):
+        load("CUDA_ERROR_OUT_OF_MEMORY: full")
+
+
+@pytest.mark.parametrize("error", ["CUDA_ERROR_NOT_FOUND: x", "CUDA_ERROR_ILLEGAL_ADDRESS: x"])
+def test_a_bug_is_not_taken_for_the_machine_s_fault(load, error: str) -> None:
+    with pytest.raises(Exception, match=error) as raised:
+        load(error)
+    assert not isinstance(raised.value, UserError | torch.OutOfMemoryError)

@@ -7,10 +7,11 @@ precision and device.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -63,8 +64,8 @@ def choose_run_backend(
         team: the processes that share the work; this one alone where None.
 
     Raises:
-        UserError: settings that synchronized BatchNorm does not go with, a model that can't be
-            built, or too little memory to measure.
+        UserError: settings that synchronized BatchNorm does not go with, or a model that can't be
+            built.
     """
     assert settings.device is not None
     team = team or Team()
@@ -96,12 +97,6 @@ def _choose_on_cuda(settings: TrainConfig, dataset: Dataset, team: Team) -> tupl
         return rivals[0] if rivals else "autograd", f"auto: {'; '.join(missing)}"
     try:
         return choose_measured(rivals, settings, dataset, team)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the device ran out of memory while {' and '.join(rivals)} were measured beside each "
-            f"other, each with a network of its own. Name one, --backend {rivals[0]}, or use a "
-            f"smaller --batch-size."
-        ) from error
     finally:
         # What was measured is to leave the run the whole device.
         gc.collect()
@@ -117,7 +112,8 @@ def choose_measured(
     will capture them. Learners are thrown away; torch's random numbers stay where they are.
 
     Arguments:
-        rivals: two or more, the first of which is taken where there is nothing to measure.
+        rivals: two or more, the first of which is taken where there is nothing to measure, or too
+            little memory for several learners beside each other.
         settings: resolved.
         dataset: what it trains on.
         team: the processes that share the work; measured is one replica's part of a batch.
@@ -126,33 +122,54 @@ def choose_measured(
         UserError: what each of them raised; of one alone, the reason tells it.
     """
     device = torch.device(settings.device)
-    resident = replace(dataset, train=dataset.train.to(device))  # once for all of them
     steps: dict[str, Callable[[], object]] = {}
     failures: dict[str, UserError] = {}
-    for backend in rivals:
-        try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                torch.manual_seed(settings.seed)
-                learner, step = _run_step(replace(settings, backend=backend), resident, team)
-                if "closed form" not in learner.block_paths.values():
-                    return rivals[0], "auto: rule and blocks have no closed form to be measured"
-                # One more captures, and one more replays.
-                for _ in range(NUM_WARM_UP_STEPS + 2):
-                    step()
-        except UserError as error:
-            failures[backend] = error
-        else:
-            steps[backend] = step
-    if not steps:
-        raise failures[rivals[0]]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        times_ms = medians_in_turn(steps, device)
-    chosen = min(times_ms, key=times_ms.__getitem__)
-    others = sorted((ms, name) for name, ms in times_ms.items() if name != chosen)
-    said = [f"{chosen} {times_ms[chosen]:.2f} ms a step"]
-    said += [f"{name} {ms:.2f}" for ms, name in others]
+    try:
+        resident = replace(dataset, train=dataset.train.to(device))  # once for all of them
+        for backend in rivals:
+            try:
+                with _seeded(settings.seed, device):
+                    learner, step = _run_step(replace(settings, backend=backend), resident, team)
+                    if "closed form" not in learner.block_paths.values():
+                        return rivals[0], "auto: rule and blocks have no closed form to be measured"
+                    # One more captures, and one more replays.
+                    for _ in range(NUM_WARM_UP_STEPS + 2):
+                        step()
+            except UserError as error:
+                failures[backend] = error
+            else:
+                steps[backend] = step
+        if not steps:
+            raise failures[rivals[0]]
+        with _seeded(settings.seed, device):
+            times_ms = medians_in_turn(steps, device)
+    except torch.OutOfMemoryError:
+        # A run holds one learner: what is too large beside another may well fit alone.
+        chosen, *others = (name for name in rivals if name not in failures)
+        beside = f"{' and '.join(others)} beside it" if others else "it"
+        said = [f"too little memory to measure {beside}"]
+    else:
+        chosen = min(times_ms, key=times_ms.__getitem__)
+        slower = sorted((ms, name) for name, ms in times_ms.items() if name != chosen)
+        said = [f"{chosen} {times_ms[chosen]:.2f} ms a step"]
+        said += [f"{name} {ms:.2f}" for ms, name in slower]
     said += [f"{name} can't be used ({error})" for name, error in failures.items()]
     return chosen, f"auto: {', '.join(said)}"
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of the CPU and of this device from a seed on; afterwards as they were before.
+
+    torch.manual_seed would reseed every other device too, for good.
+    """
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if on_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _run_step(

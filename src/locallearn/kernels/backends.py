@@ -37,25 +37,39 @@ def cxx_compiler() -> str | None:
     return None
 
 
+def c_compiler() -> str | None:
+    """The C compiler that Triton would build its launcher with, or None."""
+    if (name := os.environ.get("CC")) is not None:  # then it tries no other
+        return shutil.which(name)
+    return shutil.which("gcc") or shutil.which("clang")
+
+
 def missing_for(backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
     """What a backend lacks on a device, as the end of a sentence; None where it can run."""
-    has_triton = _is_installed("triton")
     if backend == "compiled":
         if device_type == "cpu" and cxx_compiler() is None:
             return "needs a C++ compiler (g++ or clang++), and none is on the PATH"
-        if device_type == "cuda" and not has_triton:
-            return "needs the package triton, which is not installed"
+        if device_type == "cuda" and (missing := _missing_for_triton()):
+            return missing
         if device_type not in ("cpu", "cuda"):
             return f"has not been tried on {device_type}"
     if backend in GPU_BACKENDS:
         if device_type != "cuda":
             return f"needs a CUDA device, and this is {device_type}"
-        if backend == "triton" and not has_triton:
-            return "needs the package triton, which is not installed"
+        if backend == "triton" and (missing := _missing_for_triton()):
+            return missing
         if backend == "cuda" and (missing := _missing_for_cuda()):
             return missing
         if dtype != torch.float32:
             return f"takes float32 parameters, and the model's are {str(dtype).split('.')[1]}"
+    return None
+
+
+def _missing_for_triton() -> str | None:
+    if not _is_installed("triton"):
+        return "needs the package triton, which is not installed"
+    if c_compiler() is None:
+        return "needs a C compiler (gcc or clang, or what CC names), and none is on the PATH"
     return None
 
 

@@ -17,6 +17,13 @@ from locallearn.errors import UserError
 if TYPE_CHECKING:
     from cuda.core import ObjectCode, ProgramOptions
 
+# What NVRTC says where a machine's libraries are at fault, and not what it compiles.
+_FAULTS = {
+    "--gpu-architecture": "the NVRTC that is installed is too old or too new to compile the CUDA "
+    "kernels for this device, {}",
+    "libnvrtc-builtins": "NVRTC, which compiles the CUDA kernels, does not find its library "
+    "libnvrtc-builtins",
+}
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 
@@ -74,10 +81,12 @@ def compiled(program: Program, architecture: str) -> ObjectCode:
     """The machine code, from the cache on disk where it is there.
 
     Raises:
-        UserError: the cache can't be written.
+        UserError: NVRTC can't be loaded or does not know the architecture, or the cache can't be
+            written.
     """
     import cuda.core
     from cuda.core.utils import FileStreamProgramCache
+    from cuda.pathfinder import DynamicLibNotFoundError
 
     options = options_for(program, architecture)
     try:
@@ -90,3 +99,18 @@ def compiled(program: Program, architecture: str) -> ObjectCode:
             f"the cache of compiled kernels can't be used: {error}. Set XDG_CACHE_HOME to a folder "
             f"that can be written, or use --backend triton."
         ) from error
+    except DynamicLibNotFoundError as error:
+        raise UserError(
+            f"the CUDA kernels are compiled by NVRTC, which can't be loaded "
+            f"({_first_line(error)}). It comes with PyTorch for CUDA; or use --backend triton."
+        ) from error
+    except Exception as error:  # whose class has no public name
+        # What it says of our own sources stays the bug that it is.
+        fault = next((says for said, says in _FAULTS.items() if said in str(error)), None)
+        if fault is None:
+            raise
+        raise UserError(f"{fault.format(architecture)}. Use --backend triton.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")

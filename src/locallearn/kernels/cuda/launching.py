@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from locallearn.errors import UserError
 from locallearn.kernels.cuda.compilation import Program, compiled
 
 if TYPE_CHECKING:
@@ -18,6 +19,15 @@ Size = tuple[int, ...]
 Argument = Tensor | int | float | None | ctypes.Structure | ctypes.c_double
 # As a kernel takes it.
 Value = ctypes.c_void_p | ctypes.c_int | ctypes.c_float | ctypes.Structure | ctypes.c_double
+
+# What the driver answers where it and the code do not go together.
+_DRIVER_FAULTS = (
+    "CUDA_ERROR_INVALID_IMAGE",
+    "CUDA_ERROR_NO_BINARY_FOR_GPU",
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
+    "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE",
+)
 
 MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 
@@ -91,7 +101,24 @@ def run(
 
 @functools.cache
 def _kernel(program: Program, name: str, device: int) -> Kernel:
-    return _loaded(program, torch.cuda.get_device_capability(device)).get_kernel(name)
+    """Raises:
+    UserError: the driver can't load what was compiled, or what :func:`compiled` raises.
+    torch.OutOfMemoryError: there is no room for the code.
+    """
+    code = _loaded(program, torch.cuda.get_device_capability(device))
+    try:
+        return code.get_kernel(name)  # which loads it, the first time
+    except Exception as error:  # whose class has no public name
+        said = str(error).partition("\n")[0]
+        if "CUDA_ERROR_OUT_OF_MEMORY" in said:
+            raise torch.OutOfMemoryError(f"loading the kernel {name}: {said}") from error
+        # Others may be of an earlier kernel, or of a name that is not there: bugs.
+        if not any(fault in said for fault in _DRIVER_FAULTS):
+            raise
+        raise UserError(
+            f"the CUDA driver can't load the compiled kernels ({said}): it may be older than the "
+            f"NVRTC that is installed. Use --backend triton."
+        ) from error
 
 
 @functools.cache
