@@ -32,7 +32,8 @@ _KINDS = {
     ctypes.c_double: "d",
 }
 # Hidden: a kernel may be named as a function of the C library, which would be called in its place.
-_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
+# Fortified, a jump to another stack would be taken for an error.
+_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-w")
 
 
 @functools.cache
