@@ -26,6 +26,16 @@ from locallearn.kernels.cuda.compilation import Program
 from locallearn.kernels.interface import Crops
 
 _HEAD = 'extern "C" __global__ void __launch_bounds__(64) kernel(float* values, int count) '
+_TOTAL = """
+__device__ inline void add_up(float (&values)[3]) {
+  __shared__ float shared[3][64];
+  for (int j = 0; j < 3; ++j) shared[j][threadIdx.x] = values[j];
+  for (int offset = 16; offset > 0; offset /= 2) {
+    for (int j = 0; j < 3; ++j) values[j] += __shfl_xor_sync(0xffffffffu, values[j], offset);
+  }
+  for (int j = 0; j < 3; ++j) shared[j][threadIdx.x] += values[j];
+}
+"""
 KERNELS = {
     # Thread i leaves what its neighbour in the other warp reads.
     "right": """{
@@ -60,6 +70,64 @@ KERNELS = {
   __syncthreads();
   values[threadIdx.x] = value;
 }""",
+    "halves of a warp shuffle in two places": """{
+  float value = threadIdx.x;
+  if (threadIdx.x % 32 < 16) {
+    value += __shfl_xor_sync(0xffffffffu, value, 1);
+  } else {
+    value *= __shfl_xor_sync(0xffffffffu, value, 1);
+  }
+  values[threadIdx.x] = value;
+}""",
+    "halves of a warp call what shuffles": """{
+  float own[3] = {1, 2, 3};
+  if (threadIdx.x % 32 < 16) {
+    add_up(own);
+  } else {
+    own[0] = threadIdx.x;
+    add_up(own);
+  }
+  values[threadIdx.x] = own[0];
+}""",
+    "warps at two barriers": """{
+  if (threadIdx.x < 32) {
+    values[threadIdx.x] = 1;
+    __syncthreads();
+  } else {
+    __syncthreads();
+    values[threadIdx.x] = 2;
+  }
+}""",
+    "lanes are left out": """{
+  values[threadIdx.x] = __shfl_xor_sync(0xfffffffeu, 1.0f, 1);
+}""",
+    "beyond the warp": """{
+  values[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 32);
+}""",
+    "a barrier in a loop": """{
+  for (int i = 0; i < count; ++i) {
+    float own[3] = {1.0f * i, 0, 0};
+    add_up(own);
+    __syncthreads();
+    values[threadIdx.x] = own[0];
+  }
+}""",
+    "misaligned": """{
+  struct alignas(16) Packed { float of[4]; };
+  Packed packed = {};
+  if (threadIdx.x == 0) *reinterpret_cast<Packed*>(values + count) = packed;
+}""",
+    "an index beyond an array": """{
+  float own[3];
+  own[threadIdx.x == 63 ? count : 0] = 1;
+  values[threadIdx.x] = own[0];
+}""",
+    "too large an int": """{
+  values[threadIdx.x] = static_cast<int>(threadIdx.x) + 0x7fffffff - 60;
+}""",
+    "a shift": """{
+  values[threadIdx.x] = 1 << (static_cast<int>(threadIdx.x) + count);
+}""",
     "behind the end": """{
   values[threadIdx.x + 1] = threadIdx.x;
 }""",
@@ -72,7 +140,7 @@ KERNELS = {
 @pytest.fixture
 def sources(emulated_device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     def text(name: str, *, without: str) -> str:
-        return _HEAD + KERNELS[name]
+        return _TOTAL + _HEAD + KERNELS[name]
 
     monkeypatch.setattr(cuda_on_cpu, "source_text", text)
 
@@ -116,6 +184,49 @@ def test_threads_that_wait_in_vain_are_seen(
 ) -> None:
     with pytest.raises(AssertionError, match="kernel: threads wait for others that have ended"):
         run(emulated_device, name, torch.empty(64), is_reversed=is_reversed)
+
+
+@pytest.mark.usefixtures("sources")
+@pytest.mark.parametrize("is_reversed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("halves of a warp shuffle in two places", "lanes wait in different shuffles"),
+        ("halves of a warp call what shuffles", "lanes wait in different shuffles"),
+        ("warps at two barriers", "threads wait at different barriers"),
+        ("lanes are left out", "a shuffle leaves lanes out"),
+        ("beyond the warp", "a shuffle beyond the warp"),
+    ],
+)
+def test_threads_that_wait_at_different_places_are_seen(
+    name: str, problem: str, is_reversed: bool, emulated_device: Device
+) -> None:
+    with pytest.raises(AssertionError, match=f"kernel: {problem}$"):
+        run(emulated_device, name, torch.empty(64), is_reversed=is_reversed)
+    # It goes on afterwards.
+    values = torch.empty(64)
+    run(emulated_device, "a barrier in a loop", values, is_reversed=is_reversed)
+    assert values.tolist() == [64.0] * 64
+
+
+@pytest.mark.usefixtures("sources")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("misaligned", "a misaligned access"),
+        ("an index beyond an array", "an index beyond an array"),
+        ("too large an int", "an overflow"),
+        ("a shift", "a shift by too many bits, or of a sign"),
+    ],
+)
+def test_what_the_compiler_checks_is_seen(name: str, problem: str, emulated_device: Device) -> None:
+    if not cuda_on_cpu.checks():
+        pytest.skip("the compiler has no such checks")
+    with pytest.raises(AssertionError, match=rf"kernel: {problem}, line \d+ of what was compiled$"):
+        run(emulated_device, name, torch.empty(64))
+    values = torch.empty(64)
+    run(emulated_device, "right", values)
+    assert torch.equal(values, (torch.arange(64) ^ 32).float())
 
 
 @pytest.mark.usefixtures("sources")

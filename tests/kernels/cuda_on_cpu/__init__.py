@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,17 @@ _KINDS = {
 }
 # Hidden: a kernel may be named as a function of the C library, which would be called in its place.
 # Fortified, a jump to another stack would be taken for an error.
-_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-w")
+_FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-U_FORTIFY_SOURCE",
+    "-w",
+    "-fno-optimize-sibling-calls",
+)
+# What they find is answered in device.h. No more than these: a library would be needed.
+_CHECKS = ("-fsanitize=alignment,bounds,shift,signed-integer-overflow",)
 
 
 @functools.cache
@@ -42,10 +53,21 @@ def missing() -> str | None:
     compiler = cxx_compiler()
     if compiler is None:
         return "no C++ compiler on the PATH"
-    command = [compiler, *_FLAGS, "-fsyntax-only", "-x", "c++", "-"]
-    done = subprocess.run(command, input=_headers(), capture_output=True, text=True, check=False)
     # GNU C++ has both; Clang on some machines has not.
-    return f"{compiler} has no _Float16, or no contexts" if done.returncode else None
+    return None if _takes(compiler, ()) else f"{compiler} has no _Float16, or no contexts"
+
+
+@functools.cache
+def checks() -> tuple[str, ...]:
+    """The flags that have the compiler check what the sources do; none where it has them not."""
+    compiler = cxx_compiler()
+    return _CHECKS if compiler and _takes(compiler, _CHECKS) else ()
+
+
+def _takes(compiler: str, flags: Sequence[str]) -> bool:
+    command = [compiler, *_FLAGS, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    done = subprocess.run(command, input=_headers(), capture_output=True, text=True, check=False)
+    return done.returncode == 0
 
 
 class Device:
@@ -113,14 +135,22 @@ def _library(folder: Path, program: Program) -> ctypes.CDLL:
     kernels = "".join(f"KERNEL({name})\n" for name in _KERNEL.findall(source))
     text = f"{_headers()}\n{source}\n{kernels}"
     macros = [f"-D{name}={value}" for name, value in program.constants]
-    key = hashlib.sha256(repr((text, macros, _FLAGS)).encode()).hexdigest()[:24]
+    key = hashlib.sha256(repr((text, macros, _FLAGS, checks())).encode()).hexdigest()[:24]
     library = folder / f"{key}.so"
     if not library.exists():
         written = folder / f"{key}.{os.getpid()}.so"
         compiler = cxx_compiler()
         assert compiler is not None
-        command = [compiler, *_FLAGS, *macros, "-x", "c++", "-", "-o", str(written)]
-        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[:4000]
+        code = written.with_suffix(".o")
+        # Linked by itself: with the flags the library would be linked whose part device.h takes.
+        for command in (
+            [*_FLAGS, *checks(), *macros, "-c", "-x", "c++", "-", "-o", str(code)],
+            ["-shared", str(code), "-o", str(written)],
+        ):
+            done = subprocess.run(
+                [compiler, *command], input=text, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr[:4000]
+        code.unlink()
         written.replace(library)
     return ctypes.CDLL(str(library))

@@ -2,7 +2,9 @@
 //
 // Each thread of a block is a fiber. A fiber runs until it waits: at __syncthreads for all threads
 // of its block, in a shuffle for all lanes of its warp. A thread that ends while others wait for
-// it, and lanes that wait at different places, are errors here, whatever a device would do.
+// it, threads that wait at different places and a shuffle that leaves lanes out are errors here,
+// whatever a device would do. So is what the compiler's own checks find, where it has them: see the
+// end of this file.
 #pragma once
 
 #include <setjmp.h>
@@ -11,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdio>
 #include <cstring>
 #include <deque>
 #include <type_traits>
@@ -18,7 +21,10 @@
 #include <vector>
 
 #define __global__
-#define __device__
+// Inlined, as on a device: a place to wait at is one of the kernel, not of a function that it calls
+// from two places.
+#define __device__ __attribute__((always_inline))
+#define DEVICE_WAITS __attribute__((noinline))
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -44,6 +50,7 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(kStackBytes);
   Dimensions thread;
   State state;
+  const void* place;  // in the code, at which it waits
   unsigned int num_shuffles;
 };
 
@@ -58,6 +65,7 @@ inline unsigned int current;
 inline char* dynamic_shared;
 inline void (*body)(void**);
 inline void** arguments;
+inline const char* problem;  // of a single thread; null where there is none
 
 struct Shared {
   void* place;
@@ -75,10 +83,17 @@ inline bool share(void* place, std::size_t num_bytes) {
   return true;
 }
 
-inline void wait(State state) {
+inline void wait(State state, const void* place) {
   fibers[current].state = state;
+  fibers[current].place = place;
   const unsigned int own = current;
   if (!_setjmp(fibers[own].place)) _longjmp(scheduler, 1);
+}
+
+// Goes no further in this thread.
+[[noreturn]] inline void fail(const char* what) {
+  problem = what;
+  for (;;) wait(State::kEnded, nullptr);
 }
 
 inline void begin() {
@@ -116,24 +131,34 @@ inline const char* run_block(bool is_reversed) {
     fiber.state = State::kReady;
     fiber.has_begun = false;
   }
+  problem = nullptr;
   const auto count = [&](unsigned int first, unsigned int last, State state) {
     unsigned int found = 0;
     for (unsigned int i = first; i < last; ++i) found += fibers[i].state == state;
     return found;
   };
+  const auto are_together = [&](unsigned int first, unsigned int last) {
+    for (unsigned int i = first; i < last; ++i) {
+      if (fibers[i].place != fibers[first].place) return false;
+    }
+    return true;
+  };
   for (;;) {
     for (unsigned int i = 0; i < num_threads; ++i) {
       const unsigned int index = is_reversed ? num_threads - 1 - i : i;
       if (fibers[index].state == State::kReady) resume(index);
+      if (problem) return problem;
     }
     if (count(0, num_threads, State::kEnded) == num_threads) return nullptr;
     if (count(0, num_threads, State::kWaitsForBlock) == num_threads) {
+      if (!are_together(0, num_threads)) return "threads wait at different barriers";
       for (unsigned int i = 0; i < num_threads; ++i) fibers[i].state = State::kReady;
       continue;
     }
     bool goes_on = false;
     for (unsigned int first = 0; first < num_threads; first += kWarp) {
       if (count(first, first + kWarp, State::kWaitsForWarp) == kWarp) {
+        if (!are_together(first, first + kWarp)) return "lanes wait in different shuffles";
         for (unsigned int i = 0; i < kWarp; ++i) fibers[first + i].state = State::kReady;
         goes_on = true;
       }
@@ -203,16 +228,20 @@ inline const char* run(void (*call)(void**), void** values, const unsigned int* 
     return device::Call<decltype(&name)>::describe(kinds, sizes);                               \
   }
 
-inline void __syncthreads() { device::wait(device::State::kWaitsForBlock); }
+DEVICE_WAITS inline void __syncthreads() {
+  device::wait(device::State::kWaitsForBlock, __builtin_return_address(0));
+}
 
 template <typename Value>
-Value __shfl_xor_sync(unsigned int, Value value, int offset) {
+DEVICE_WAITS Value __shfl_xor_sync(unsigned int lanes, Value value, int offset) {
   static_assert(sizeof(Value) <= sizeof(unsigned long long));
   using namespace device;
+  if (lanes != 0xffffffffu) fail("a shuffle leaves lanes out");
+  if (offset < 0 || offset >= static_cast<int>(kWarp)) fail("a shuffle beyond the warp");
   const unsigned int own = current, lane = own % device::kWarp;
   auto& exchange = exchanges[own / device::kWarp].of[fibers[own].num_shuffles++ % 2];
   std::memcpy(&exchange[lane], &value, sizeof value);
-  wait(State::kWaitsForWarp);
+  wait(State::kWaitsForWarp, __builtin_return_address(0));
   std::memcpy(&value, &exchange[lane ^ offset], sizeof value);
   return value;
 }
@@ -228,3 +257,35 @@ inline float __int_as_float(int bits) { return __uint_as_float(bits); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 inline float sinpif(float x) { return std::sin(3.14159265358979323846 * x); }
+
+// What code that is compiled with -fsanitize calls where it finds something; the compiler's own
+// library would end the process, and the tests with it. The first field of what is passed is where.
+namespace device {
+
+struct Place {
+  const char* file;
+  unsigned int line, column;
+};
+
+[[noreturn]] inline void fail_at(const char* what, const void* data) {
+  static char text[256];
+  const auto& place = *static_cast<const Place*>(data);
+  std::snprintf(text, sizeof text, "%s, line %u of what was compiled", what, place.line);
+  fail(text);
+}
+
+}  // namespace device
+
+#define HANDLER(name, what, ...)                                         \
+  extern "C" void __ubsan_handle_##name(const void* data, __VA_ARGS__) { \
+    device::fail_at(what, data);                                         \
+  }
+
+HANDLER(type_mismatch_v1, "a misaligned access", const void*)
+HANDLER(out_of_bounds, "an index beyond an array", const void*)
+HANDLER(shift_out_of_bounds, "a shift by too many bits, or of a sign", const void*, const void*)
+HANDLER(add_overflow, "an overflow", const void*, const void*)
+HANDLER(sub_overflow, "an overflow", const void*, const void*)
+HANDLER(mul_overflow, "an overflow", const void*, const void*)
+HANDLER(negate_overflow, "an overflow", const void*)
+HANDLER(divrem_overflow, "an overflow", const void*, const void*)
