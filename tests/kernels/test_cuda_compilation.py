@@ -17,10 +17,11 @@ from locallearn.errors import UserError
 from locallearn.kernels.cuda import compilation
 from locallearn.kernels.cuda.compilation import Program, compiled, program, source_text
 
-SMALL = program("augment.cu", ELEMENT="float", VECTOR=1)
+SMALL = program("augment.cu", ELEMENT="float", VECTOR=1, MAX_THREADS=256, BATCH=4)
 _AGAIN = """
 from locallearn.kernels.cuda.compilation import compiled, program
-code = compiled(program("augment.cu", ELEMENT="float", VECTOR=1), "sm_90").code
+constants = {"ELEMENT": "float", "VECTOR": 1, "MAX_THREADS": 256, "BATCH": 4}
+code = compiled(program("augment.cu", **constants), "sm_90").code
 assert code == b"as it lies on disk", code[:20]
 """
 # What loads libraries is replaced before bindings have loaded theirs.
@@ -96,9 +97,9 @@ def test_what_makes_another_entry(cache: Path, monkeypatch: pytest.MonkeyPatch) 
             assert len(entries(cache)) == before + 1
 
     compile_anew(architecture="sm_80")
-    compile_anew(program("augment.cu", ELEMENT="bfloat16", VECTOR=1))
+    compile_anew(program("augment.cu", ELEMENT="bfloat16", VECTOR=1, MAX_THREADS=256, BATCH=4))
     text = source_text("augment.cu")
-    changed = text.replace("kMaxThreads = 256", "kMaxThreads = 128")  # of what it includes
+    changed = text.replace("kWarp = 32", "kWarp = 64")  # of what it includes
     assert changed != text
     with monkeypatch.context() as patch:
         patch.setattr(compilation, "source_text", lambda name: changed)

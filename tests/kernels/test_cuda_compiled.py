@@ -37,7 +37,7 @@ _EIGHT_BLOCKS = "__launch_bounds__(kMaxThreads, 8)"
 WIDE_ACCESSES = {
     "block_forward": ("LDG", "STG"),
     "block_backward": ("LDG", "STG"),
-    "channel_stats": ("LDG",),
+    "chunk_stats": ("LDG",),
     "norm_backward": ("LDG", "STG"),
     "schedulefree_step": ("LDG", "STG"),
 }

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from locallearn.kernels import reference
 from locallearn.kernels.cuda import launching
+from locallearn.kernels.cuda.common import program_of
 from locallearn.kernels.cuda.compilation import Program, source_text
 from locallearn.kernels.interface import HeadResult, ScheduleFreeState
 
@@ -80,7 +81,7 @@ def test_cells_their_own_parts_and_who_holds_a_position(
 ) -> None:
     text = source_text("common.cuh", without="half.cuh") + SPANS
     monkeypatch.setattr(cuda_on_cpu, "source_text", lambda name, without: text)
-    program = Program("spans", (("ELEMENT", "float"), ("VECTOR", "1")))
+    program = program_of("spans", torch.float32, 1)
     for size, num_cells in itertools.product(range(1, 34), repeat=2):
         found = torch.full((2 * num_cells + size, 2), -1, dtype=torch.int32)
         arguments = [ctypes.c_void_p(found.data_ptr()), *map(ctypes.c_int, (size, num_cells))]

@@ -317,4 +317,4 @@ def test_no_bit_depends_on_the_order_of_threads_and_blocks(
     for ascending, descending in zip(*results, strict=True):
         assert torch.equal(ascending, descending)
         assert not ascending.isnan().any()
-    assert {name for _, name, _, _ in emulated_device.launches} >= {"combine_chunks", "directions"}
+    assert {name for _, name, _, _ in emulated_device.launches} >= {"channel_stats", "directions"}

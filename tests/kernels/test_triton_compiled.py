@@ -73,6 +73,10 @@ class Specialization(NamedTuple):
     divisible: tuple[int, ...]  # positions of the arguments that are multiples of 16
     options: tuple[tuple[str, object], ...]
 
+    @property
+    def types(self) -> tuple[str, ...]:
+        return tuple(kind for _, kind in self.signature if kind.startswith("*"))
+
     @classmethod
     def of_launch(
         cls, function: JITFunction, args: tuple[object, ...], kwargs: dict[str, object]
@@ -270,7 +274,11 @@ def test_every_kernel_is_launched(specializations: list[Specialization]) -> None
 def test_kernels_compile_without_spills(
     target: GPUTarget, specializations: list[Specialization], tmp_path: Path
 ) -> None:
-    for specialization in specializations:
+    chosen = specializations
+    if target.backend == "hip":  # the types of each kernel once: its compiler takes twice as long
+        chosen = list({(s.function, s.types): s for s in specializations}.values())
+        assert {s.function for s in chosen} == {s.function for s in specializations}
+    for specialization in chosen:
         registers, spilled = resources(specialization.compile(target), target, tmp_path)
         assert registers > 0
         assert spilled == 0, f"{specialization} spills {spilled}"

@@ -33,7 +33,16 @@ _KINDS = {
     ctypes.c_double: "d",
 }
 # Hidden: a kernel may be named as a function of the C library, which would be called in its place.
-_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w", "-fno-optimize-sibling-calls")
+# Fortified, a jump to another stack would be taken for an error.
+_FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-U_FORTIFY_SOURCE",
+    "-w",
+    "-fno-optimize-sibling-calls",
+)
 # What they find is answered in device.h. No more than these: a library would be needed.
 _CHECKS = ("-fsanitize=alignment,bounds,shift,signed-integer-overflow",)
 

@@ -7,6 +7,7 @@
 // end of this file.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include <cstddef>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -42,7 +44,9 @@ constexpr std::size_t kStackBytes = 1 << 17;
 enum class State { kReady, kWaitsForBlock, kWaitsForWarp, kEnded };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // to begin a block with; a switch by contexts would ask the system
+  jmp_buf place;       // where it waits
+  bool has_begun;
   std::vector<char> stack = std::vector<char>(kStackBytes);
   Dimensions thread;
   State state;
@@ -54,9 +58,9 @@ struct Exchange {
   unsigned long long of[2][kWarp];  // a shuffle may begin before all have read the last one's
 };
 
-inline std::vector<Fiber> fibers;
+inline std::deque<Fiber> fibers;  // which stay where they are: a context holds its own address
 inline std::vector<Exchange> exchanges;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline unsigned int current;
 inline char* dynamic_shared;
 inline void (*body)(void**);
@@ -83,7 +87,7 @@ inline void wait(State state, const void* place) {
   fibers[current].state = state;
   fibers[current].place = place;
   const unsigned int own = current;
-  swapcontext(&fibers[own].context, &scheduler);
+  if (!_setjmp(fibers[own].place)) _longjmp(scheduler, 1);
 }
 
 // Goes no further in this thread.
@@ -95,31 +99,37 @@ inline void wait(State state, const void* place) {
 inline void begin() {
   body(arguments);
   fibers[current].state = State::kEnded;
+  _longjmp(scheduler, 1);
 }
 
 inline void resume(unsigned int index) {
   current = index;
   threadIdx = fibers[index].thread;
   fibers[index].state = State::kReady;
-  swapcontext(&scheduler, &fibers[index].context);
+  if (_setjmp(scheduler)) return;
+  if (fibers[index].has_begun) _longjmp(fibers[index].place, 1);
+  fibers[index].has_begun = true;
+  setcontext(&fibers[index].context);
 }
 
 // Runs a block; null, or what its threads did wrong.
 inline const char* run_block(bool is_reversed) {
   const unsigned int num_threads = blockDim.x * blockDim.y * blockDim.z;
   if (num_threads % kWarp && num_threads > 1) return "a warp is not full";
-  if (fibers.size() < num_threads) fibers.resize(num_threads);
+  while (fibers.size() < num_threads) {
+    Fiber& fiber = fibers.emplace_back();
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    makecontext(&fiber.context, begin, 0);
+  }
   exchanges.resize((num_threads + kWarp - 1) / kWarp);
   for (unsigned int i = 0; i < num_threads; ++i) {
     Fiber& fiber = fibers[i];
     fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     fiber.num_shuffles = 0;
     fiber.state = State::kReady;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, begin, 0);
+    fiber.has_begun = false;
   }
   problem = nullptr;
   const auto count = [&](unsigned int first, unsigned int last, State state) {

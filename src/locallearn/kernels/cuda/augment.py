@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from locallearn.kernels import interface
-from locallearn.kernels.cuda.common import MAX_THREADS, NAMES, empty, per_channel
-from locallearn.kernels.cuda.compilation import program
+from locallearn.kernels.cuda.common import MAX_THREADS, empty, per_channel, program_of
 from locallearn.kernels.cuda.launching import address, launch
 from locallearn.kernels.device_layout import ceil_div, check_image_dtype
 
@@ -33,7 +32,7 @@ def augment(
     images = empty(mean, batch_size, num_channels, height, width, dtype=dtype)
     crops = interface.Crops(*(t.contiguous() for t in crops))
     launch(
-        program("augment.cu", ELEMENT=NAMES[dtype], VECTOR=1),
+        program_of("augment.cu", dtype, 1),
         "augment",
         (batch_size, ceil_div(height * width, MAX_THREADS)),
         (MAX_THREADS,),

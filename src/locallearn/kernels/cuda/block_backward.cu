@@ -10,19 +10,22 @@ __device__ inline Values unpooled(const float* grad_image, int y, int x, int hei
   Values sum = {};
   const Span holding_y = cells_that_hold(y, height, cells_h);
   const Span holding_x = cells_that_hold(x, width, cells_w);
+#pragma unroll 1
   for (int i = holding_y.begin; i < holding_y.end; ++i) {
+#pragma unroll 1
     for (int k = holding_x.begin; k < holding_x.end; ++k) {
-      const float size = cell_of(i, height, cells_h).size() * cell_of(k, width, cells_w).size();
+      const int size = cell_of(i, height, cells_h).size() * cell_of(k, width, cells_w).size();
+      const float inverse_size = 1.0f / size;
       const Values grad = load(grad_image + (i * cells_w + k) * num_channels);
 #pragma unroll
-      for (int j = 0; j < VECTOR; ++j) sum.of[j] += grad.of[j] / size;
+      for (int j = 0; j < VECTOR; ++j) sum.of[j] += grad.of[j] * inverse_size;
     }
   }
   return sum;
 }
 
-// One block of a multiprocessor is enough, said so: left to choose, ptxas spills for a second.
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
+// 2: left to choose, ptxas spills to fit more blocks on a multiprocessor.
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 2)
     block_backward(Element* z,                              // (N, H, W, C); becomes dL/dz
                    const float* __restrict__ grad_latents,  // G, (N, cells_h, cells_w, C)
                    const float* __restrict__ mean,          // (C,), and the next five
@@ -38,9 +41,26 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
   const Span rows = own_part_of(cell_y, height, cells_h);
   const Span columns = own_part_of(cell_x, width, cells_w);
   const int num_positions = rows.size() * columns.size();
+  int first = threadIdx.y;
+  if (first >= num_positions) return;
 
-  const Normalization norm = {load(mean + channel), load(inv_std + channel), load(gamma + channel),
-                              load(beta + channel), negative_slope};
+  Element* z_image = z + image * height * width * num_channels + channel;
+  int y[kBatch], x[kBatch];
+  Values batch[kBatch];
+  const auto load_batch = [&] {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = min(first + b * static_cast<int>(blockDim.y), num_positions - 1);
+      y[b] = rows.begin + i / columns.size();
+      x[b] = columns.begin + i % columns.size();
+      batch[b] = load(z_image + (y[b] * width + x[b]) * num_channels);
+    }
+  };
+  // Before the constants are waited for.
+  load_batch();
+
+  const Normalization norm =
+      load_normalization(mean, inv_std, gamma, beta, channel, negative_slope);
   // dL/dz = d signal - (offset + drift xh), where signal is up(G) times gamma inv_std.
   Values rate, offset = load(grad_beta + channel), drift = load(grad_gamma + channel);
 #pragma unroll
@@ -52,22 +72,13 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
   const float* grad_image = grad_latents + image * cells_h * cells_w * num_channels + channel;
   Values signal;
   if (!OVERLAP) {
+    const float inverse_size = 1.0f / num_positions;
     signal = load(grad_image + (cell_y * cells_w + cell_x) * num_channels);
 #pragma unroll
-    for (int j = 0; j < VECTOR; ++j) signal.of[j] *= rate.of[j] / num_positions;
+    for (int j = 0; j < VECTOR; ++j) signal.of[j] *= rate.of[j] * inverse_size;
   }
 
-  Element* z_image = z + image * height * width * num_channels + channel;
-  for (int first = threadIdx.y; first < num_positions; first += kBatch * blockDim.y) {
-    int y[kBatch], x[kBatch];
-    Values batch[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int i = min(first + b * static_cast<int>(blockDim.y), num_positions - 1);
-      y[b] = rows.begin + i / columns.size();
-      x[b] = columns.begin + i % columns.size();
-      batch[b] = load(z_image + (y[b] * width + x[b]) * num_channels);
-    }
+  for (;;) {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       if (first + b * blockDim.y >= num_positions) break;
@@ -84,5 +95,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
       }
       store(z_image + (y[b] * width + x[b]) * num_channels, batch[b]);
     }
+    first += kBatch * blockDim.y;
+    if (first >= num_positions) return;
+    load_batch();
   }
 }

@@ -6,20 +6,19 @@ import torch
 from torch import Tensor
 
 from locallearn.kernels.cuda.common import (
-    NAMES,
+    BATCH,
+    batch_for,
     channels_last,
     per_channel,
+    program_of,
     sizes,
     slots_for,
     threads_for,
     vector_of,
 )
-from locallearn.kernels.cuda.compilation import program
 from locallearn.kernels.cuda.launching import launch
 from locallearn.kernels.device_layout import ceil_div, check_dtypes
 from locallearn.kernels.interface import ChannelStats
-
-_BATCH = 4  # kBatch
 
 
 @torch.no_grad()
@@ -43,9 +42,12 @@ def block_backward(
     constants = per_channel(*stats, gamma, beta, grad_gamma, grad_beta)
     vector = vector_of(c, grad_z, grad, *constants)
     positions = ceil_div(height, cells[0]) * ceil_div(width, cells[1])
-    threads = threads_for(c, vector, slots_for(positions, _BATCH))
+    # More would not fit in the registers beside what is summed over cells.
+    most = 2 if overlaps else BATCH
+    threads = threads_for(c, vector, slots_for(positions, most))
+    batch = batch_for(positions, threads.num_slots, most)
     launch(
-        program("block_backward.cu", ELEMENT=NAMES[z.dtype], VECTOR=vector, OVERLAP=int(overlaps)),
+        program_of("block_backward.cu", z.dtype, vector, batch=batch, OVERLAP=int(overlaps)),
         "block_backward",
         (n * cells[0] * cells[1], threads.num_blocks),
         threads.block,

@@ -1,5 +1,5 @@
 // `block_forward`; see `kernels.interface`. Also defined: MAX_POOL, the max-pool's window and
-// stride.
+// stride. A batch is of windows; of several positions, one is a batch by itself.
 //
 // A block takes the windows that touch one cell of one image: it adds up the cell's positions, and
 // writes the windows that begin in the part of the cell which no later cell holds. So z is read
@@ -7,10 +7,9 @@
 
 #include "common.cuh"
 
-// At a time; a window of several positions is a batch by itself.
-constexpr int kWindows = MAX_POOL == 1 ? kBatch : 1;
 constexpr int kUnrolledLines = MAX_POOL <= 2 ? MAX_POOL : 1;  // nvcc expands no macro in a pragma
 
+// 2: see block_backward.cu.
 extern "C" __global__ void __launch_bounds__(kMaxThreads, 2)
     block_forward(const Element* __restrict__ z,  // (N, H, W, C)
                   Element* __restrict__ output,   // (N, H / MAX_POOL, W / MAX_POOL, C)
@@ -30,8 +29,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 2)
 
   float sums[2 * VECTOR] = {};  // of d, and of d xh
   if (channel < num_channels) {
-    const Normalization norm = {load(mean + channel), load(inv_std + channel),
-                                load(gamma + channel), load(beta + channel), negative_slope};
+    const Normalization norm =
+        load_normalization(mean, inv_std, gamma, beta, channel, negative_slope);
     const int out_height = height / MAX_POOL, out_width = width / MAX_POOL;
     const Element* z_image = z + image * height * width * num_channels + channel;
     Element* output_image = output + image * out_height * out_width * num_channels + channel;
@@ -39,20 +38,20 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 2)
     const Span windows_y = {rows.begin / MAX_POOL, ceil_div(rows.end, MAX_POOL)};
     const Span windows_x = {columns.begin / MAX_POOL, ceil_div(columns.end, MAX_POOL)};
     const int num_windows = windows_y.size() * windows_x.size();
-    for (int first = threadIdx.y; first < num_windows; first += kWindows * blockDim.y) {
-      int window_y[kWindows], window_x[kWindows];
+    for (int first = threadIdx.y; first < num_windows; first += kBatch * blockDim.y) {
+      int window_y[kBatch], window_x[kBatch];
 #pragma unroll
-      for (int b = 0; b < kWindows; ++b) {
+      for (int b = 0; b < kBatch; ++b) {
         const int i = min(first + b * static_cast<int>(blockDim.y), num_windows - 1);
         window_y[b] = windows_y.begin + i / windows_x.size();
         window_x[b] = windows_x.begin + i % windows_x.size();
       }
-      Values highest[kWindows];
+      Values highest[kBatch];
 #pragma unroll(kUnrolledLines)
       for (int dy = 0; dy < MAX_POOL; ++dy) {
-        Values line[kWindows][MAX_POOL];
+        Values line[kBatch][MAX_POOL];
 #pragma unroll
-        for (int b = 0; b < kWindows; ++b) {
+        for (int b = 0; b < kBatch; ++b) {
           // A window may stick out of the image, and is then no output.
           const int y = min(window_y[b] * MAX_POOL + dy, height - 1);
 #pragma unroll
@@ -62,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 2)
           }
         }
 #pragma unroll
-        for (int b = 0; b < kWindows; ++b) {
+        for (int b = 0; b < kBatch; ++b) {
           const bool is_there =
               first + b * blockDim.y < num_windows && rows.holds(window_y[b] * MAX_POOL + dy);
 #pragma unroll
@@ -84,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 2)
         }
       }
 #pragma unroll
-      for (int b = 0; b < kWindows; ++b) {
+      for (int b = 0; b < kBatch; ++b) {
         const int y = window_y[b], x = window_x[b];
         const bool is_own = own_rows.holds(y * MAX_POOL) && own_columns.holds(x * MAX_POOL);
         if (first + b * blockDim.y < num_windows && is_own && y < out_height && x < out_width) {
@@ -97,15 +96,11 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 2)
   if (s0 == nullptr) return;
   sum_over_slots(sums);
   if (threadIdx.y == 0 && channel < num_channels) {
-    const float size = rows.size() * columns.size();
-    Values mean_d, mean_d_xh;
+    const float inverse_size = 1.0f / (rows.size() * columns.size());
 #pragma unroll
-    for (int j = 0; j < VECTOR; ++j) {
-      mean_d.of[j] = sums[j] / size;
-      mean_d_xh.of[j] = sums[VECTOR + j] / size;
-    }
+    for (int j = 0; j < 2 * VECTOR; ++j) sums[j] *= inverse_size;
     const long long place = static_cast<long long>(blockIdx.x) * num_channels + channel;
-    store(s0 + place, mean_d);
-    store(s1 + place, mean_d_xh);
+    store(s0 + place, half_of(sums, 0));
+    store(s1 + place, half_of(sums, 1));
   }
 }

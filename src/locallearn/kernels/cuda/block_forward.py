@@ -6,22 +6,20 @@ import torch
 from torch import Tensor
 
 from locallearn.kernels.cuda.common import (
-    NAMES,
+    BATCH,
+    batch_for,
     channels_last,
     empty,
     per_channel,
+    program_of,
     sizes,
     slots_for,
     threads_for,
     vector_of,
 )
-from locallearn.kernels.cuda.compilation import program
 from locallearn.kernels.cuda.launching import launch
 from locallearn.kernels.device_layout import ceil_div, check_dtypes
 from locallearn.kernels.interface import BlockForward, ChannelStats, Moments
-
-# A thread has as many accesses under way.
-_POSITIONS_OF_A_THREAD = 4
 
 
 @torch.no_grad()
@@ -41,26 +39,24 @@ def block_forward(
     out_height, out_width = height // max_pool, width // max_pool
     output = empty(z, *(n, c, out_height, out_width)[: z.ndim], dtype=z.dtype)
     moments = None
-    if latent_size is None:
-        # Any parts will do: a row of windows for each block.
-        cells = (out_height, 1)
-    else:
+    # Where there are no moments any parts will do: a row of windows for each block.
+    cells = (out_height, 1)
+    if latent_size is not None:
         cells = (latent_size, latent_size) if z.ndim == 4 else (1, 1)
         shape = (n, c, *cells)[: z.ndim]
         moments = Moments(empty(z, *shape), empty(z, *shape))
+    elif not output.numel():
+        return BlockForward(output, None)
 
     constants = per_channel(*stats, gamma, beta)
     vector = vector_of(c, z, output, *constants)
-    windows = (
-        ceil_div(height, cells[0] * max_pool) * ceil_div(width, cells[1] * max_pool)
-        if (cells[0])
-        else 0
-    )
-    threads = threads_for(
-        c, vector, slots_for(windows, max(1, _POSITIONS_OF_A_THREAD // max_pool**2))
-    )
+    windows = ceil_div(height, cells[0] * max_pool) * ceil_div(width, cells[1] * max_pool)
+    # A window of several positions is a batch by itself.
+    most = BATCH if max_pool == 1 else 1
+    threads = threads_for(c, vector, slots_for(windows, most))
+    batch = batch_for(windows, threads.num_slots, most)
     launch(
-        program("block_forward.cu", ELEMENT=NAMES[z.dtype], VECTOR=vector, MAX_POOL=max_pool),
+        program_of("block_forward.cu", z.dtype, vector, batch=batch, MAX_POOL=max_pool),
         "block_forward",
         (n * cells[0] * cells[1], threads.num_blocks),
         threads.block,

@@ -1,6 +1,6 @@
-// What the kernels share. A launch defines ELEMENT, float, bfloat16 or float16, and VECTOR,
-// how many of them a thread takes at a time: 16 bytes, or less where the number of channels is no
-// multiple of that.
+// What the kernels share. A launch defines ELEMENT, float, bfloat16 or float16; VECTOR, how many of
+// them a thread takes at a time: 16 bytes, or less where the number of channels is no multiple of
+// that; MAX_THREADS, of a block; and BATCH, below.
 //
 // Shapes: N images, C channels, H W height and width, in channels-last memory, (N, H, W, C). A row
 // is one position of one image, with all its channels.
@@ -14,14 +14,14 @@
 
 using Element = ELEMENT;
 
-constexpr int kMaxThreads = 256;
+constexpr int kMaxThreads = MAX_THREADS;
 constexpr int kWarp = 32;
 constexpr unsigned int kAllLanes = 0xffffffffu;
 
-// How many positions, rows or chunks a thread loads before it uses the first, so that as many
+// How many positions, rows or parts a thread loads before it uses the first, so that as many
 // accesses are under way: the compiler moves none across a store, or the end of a loop that it
 // does not know. What is beyond the end is loaded from the last place, and not used.
-constexpr int kBatch = 4;
+[[maybe_unused]] constexpr int kBatch = BATCH;
 
 template <typename Type, int kCount>
 struct alignas(sizeof(Type) * kCount) Packed {
@@ -105,6 +105,60 @@ __device__ inline float sum_over_warp(float value) {
   return value;
 }
 
+// The sums over all threads of a block; every thread gets them.
+template <int kCount>
+__device__ inline void sum_over_block(float (&values)[kCount]) {
+  __shared__ float shared[kCount][kMaxThreads / kWarp];
+  const int num_warps = blockDim.x * blockDim.y / kWarp, warp = thread_index() / kWarp;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    values[j] = sum_over_warp(values[j]);
+    if (thread_index() % kWarp == 0) shared[j][warp] = values[j];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    values[j] = shared[j][0];
+#pragma unroll 1
+    for (int i = 1; i < num_warps; ++i) values[j] += shared[j][i];
+  }
+  __syncthreads();
+}
+
+// The sums over parts, (parts, 2, C), of which each left two for every channel: one (C,) each. A
+// column of threads takes a channel.
+__device__ inline void sum_parts(const float* parts, float* first_sum, float* second_sum,
+                                 int num_parts, int num_channels) {
+  const int channel = blockIdx.x * blockDim.x + threadIdx.x;
+  const bool is_channel = channel < num_channels;
+  const float* place = parts + (is_channel ? channel : 0);
+  float sums[2] = {};
+  for (int first = threadIdx.y; first < num_parts; first += kBatch * blockDim.y) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = first + b * blockDim.y;
+      const bool is_part = i < num_parts;
+      const float* part = place + static_cast<long long>(is_part ? i : 0) * 2 * num_channels;
+      const float of_first = part[0], of_second = part[num_channels];
+      sums[0] += is_part ? of_first : 0.0f;
+      sums[1] += is_part ? of_second : 0.0f;
+    }
+  }
+  sum_over_slots(sums);
+  if (threadIdx.y == 0 && is_channel) {
+    first_sum[channel] = sums[0];
+    second_sum[channel] = sums[1];
+  }
+}
+
+// The first and the second half of twice VECTOR sums, to be stored.
+__device__ inline Values half_of(const float (&sums)[2 * VECTOR], int half) {
+  Values values;
+#pragma unroll
+  for (int j = 0; j < VECTOR; ++j) values.of[j] = sums[half * VECTOR + j];
+  return values;
+}
+
 // What normalisation and activation need of a thread's channels, and what they make of an element:
 // xh, v and d of the notation in `kernels.interface`.
 struct Normalization {
@@ -120,6 +174,14 @@ struct Normalization {
 
   __device__ float slope(float v) const { return v > 0.0f ? 1.0f : negative_slope; }
 };
+
+// Of VECTOR channels; the four are (C,).
+__device__ inline Normalization load_normalization(const float* mean, const float* inv_std,
+                                                   const float* gamma, const float* beta,
+                                                   int channel, float negative_slope) {
+  return {load(mean + channel), load(inv_std + channel), load(gamma + channel),
+          load(beta + channel), negative_slope};
+}
 
 // Positions of one side: from begin to end.
 struct Span {

@@ -12,15 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from locallearn.kernels.cuda.compilation import Program, program
 from locallearn.kernels.device_layout import ceil_div, power_of_two
 
-MAX_THREADS = 256  # of a block; kMaxThreads in common.cuh
+MAX_THREADS = 256  # of a block
+# What a thread loads before it uses the first; see kBatch in common.cuh.
+BATCH = 4
 WARP = 32
 _ACCESS_BYTES = 16
 # Neighbours that access 16 bytes each then make up a line of memory, of 128.
 _COLUMNS_OF_A_LINE = 8
 
-NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 class Sizes(NamedTuple):
@@ -63,7 +66,23 @@ MAX_CHUNKS = 256
 FINISH_CHANNELS = 8
 FINISH_BLOCK = (FINISH_CHANNELS, MAX_THREADS // FINISH_CHANNELS)
 # So many rows are worth a thread.
-_ROWS_OF_A_THREAD = 8
+_ROWS_OF_A_THREAD = BATCH
+# Enough blocks for all multiprocessors of a large device.
+_MANY_BLOCKS = 256
+
+
+def program_of(
+    source: str, dtype: torch.dtype, vector: int, *, batch: int = BATCH, **constants: object
+) -> Program:
+    """What a launch compiles: a file, and what common.cuh and itself say that a launch defines."""
+    return program(
+        source,
+        ELEMENT=_NAMES[dtype],
+        VECTOR=vector,
+        MAX_THREADS=MAX_THREADS,
+        BATCH=batch,
+        **constants,
+    )
 
 
 def sizes(t: Tensor) -> Sizes:
@@ -131,9 +150,23 @@ def slots_for(num_positions: int, positions_of_a_thread: int) -> int:
     return min(power_of_two(ceil_div(num_positions, positions_of_a_thread)), most)
 
 
+def batch_for(num_positions: int, num_slots: int, most: int = BATCH) -> int:
+    """How many positions a thread loads at a time: no more than it has."""
+    return min(most, power_of_two(max(1, ceil_div(num_positions, num_slots))))
+
+
 def chunks_for(num_rows: int, num_channels: int, vector: int) -> Chunks:
-    threads = threads_for(num_channels, vector, slots_for(num_rows, 1))
-    threads = threads._replace(num_slots=MAX_THREADS // threads.num_columns)
-    least = threads.num_slots * _ROWS_OF_A_THREAD
-    rows = max(least, _rounded(ceil_div(num_rows, MAX_CHUNKS), threads.num_slots))
-    return Chunks(threads, rows, ceil_div(num_rows, rows))
+    """A batch of rows for each thread at least. As many columns as leave many blocks: blocks beside
+    each other then read what lies beside each other."""
+    assert num_rows > 0
+    num_columns = WARP
+    while True:
+        threads = threads_for(num_channels, vector, MAX_THREADS // num_columns)
+        threads = threads._replace(num_slots=MAX_THREADS // threads.num_columns)
+        least = threads.num_slots * _ROWS_OF_A_THREAD
+        rows = max(least, _rounded(ceil_div(num_rows, MAX_CHUNKS), threads.num_slots))
+        chunks = Chunks(threads, rows, ceil_div(num_rows, rows))
+        is_many = chunks.num_chunks * threads.num_blocks >= _MANY_BLOCKS
+        if is_many or num_columns == _COLUMNS_OF_A_LINE:
+            return chunks
+        num_columns //= 2

@@ -94,6 +94,7 @@ __device__ inline void for_each_latent(const Latents& latents, Write write) {
     for (int t = thread_index(); t < latents.length; t += blockDim.x * blockDim.y) {
       const Span features = cell_of(t, latents.num_channels, latents.length);
       float sum = 0.0f;
+#pragma unroll 1
       for (int c = features.begin; c < features.end; ++c) {
         sum += latents.gamma[c] * s1[c] + latents.beta[c] * s0[c];
       }
@@ -124,6 +125,7 @@ __device__ inline void write_gradients(const Latents& latents, GradOf grad_of, f
     if (!latents.is_pooled()) return grad_of(c * latents.num_cells + cell);
     const Span holding = cells_that_hold(c, latents.num_channels, latents.length);
     float grad = 0.0f;
+#pragma unroll 1
     for (int t = holding.begin; t < holding.end; ++t) {
       grad += grad_of(t) / cell_of(t, latents.num_channels, latents.length).size();
     }
@@ -148,11 +150,8 @@ __device__ inline void write_gradients(const Latents& latents, GradOf grad_of, f
     }
     sum_over_slots(own);
     if (threadIdx.y == 0 && c < latents.num_channels) {
-#pragma unroll
-      for (int j = 0; j < VECTOR; ++j) {
-        sums_of_sample[c + j] = own[j];
-        sums_of_sample[latents.num_channels + c + j] = own[VECTOR + j];
-      }
+      store(sums_of_sample + c, half_of(own, 0));
+      store(sums_of_sample + latents.num_channels + c, half_of(own, 1));
     }
   }
 }
@@ -180,6 +179,7 @@ __device__ inline float softmax_error(const Loss& loss, ProductOf product_of, Wr
   const int lane = thread_index() % kWarp;
   float* logits = loss.logits + static_cast<long long>(blockIdx.x) * loss.num_classes;
   float highest = __int_as_float(0xff800000);  // minus infinity
+#pragma unroll 1
   for (int k = lane; k < loss.num_classes; k += kWarp) {
     const float logit = product_of(k) / loss.temperature;
     logits[k] = logit;
@@ -189,6 +189,7 @@ __device__ inline float softmax_error(const Loss& loss, ProductOf product_of, Wr
     highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, offset));
   }
   float sum = 0.0f;
+#pragma unroll 1
   for (int k = lane; k < loss.num_classes; k += kWarp) {
     sum += expf(product_of(k) / loss.temperature - highest);
   }
@@ -197,6 +198,7 @@ __device__ inline float softmax_error(const Loss& loss, ProductOf product_of, Wr
   const long long label = loss.labels[blockIdx.x];
   float own_loss = 0.0f, radial = 0.0f;
   int predicted = loss.num_classes;
+#pragma unroll 1
   for (int k = lane; k < loss.num_classes; k += kWarp) {
     const float logit = product_of(k) / loss.temperature;
     const float log_probability = logit - highest - log_sum;
@@ -221,9 +223,12 @@ __device__ inline float softmax_error(const Loss& loss, ProductOf product_of, Wr
 
 // -- few classes --------------------------------------------------------------------------------
 
-// Where t lies in shared memory: one place is left out after every 32, so that neither neighbouring
-// t nor neighbouring channels meet in one bank.
+// Where t lies in shared memory: one place is left out after every 32, so that at most two of
+// neighbouring t, or of neighbouring channels, meet in one bank.
 __device__ inline int padded(int t) { return t + t / kWarp; }
+
+// So many at a time are multiplied with the latent.
+constexpr int kClasses = 8;
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads)
     local_head(Latents latents, Projection projection, Loss loss, int normalize,
@@ -232,57 +237,60 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
                float* __restrict__ error_out,     // e, (N, K), and q, (N, T); or null: not kept
                float* __restrict__ q_out) {
   __shared__ Phases phases[MAX_FEW_CLASSES];
-  extern __shared__ float shared[];
-  float* latent = shared;                             // p, and then dL/dp
-  float* products = shared + padded(latents.length);  // <p, D_k>, and |p|^2 behind them
-  float* error = products + loss.num_classes + 1;     // e, and <q, dL/dq> behind it
+  __shared__ float products[MAX_FEW_CLASSES];   // <p, D_k>
+  __shared__ float error[MAX_FEW_CLASSES + 1];  // e, and <q, dL/dq> behind it
+  extern __shared__ float latent[];             // p, and then dL/dp; (T,), padded
   const int thread = thread_index(), num_threads = blockDim.x * blockDim.y;
-  const int warp = thread / kWarp, lane = thread % kWarp, num_warps = num_threads / kWarp;
+  const int num_classes = loss.num_classes;
 
-  if (BASIS != kMatrix && thread < loss.num_classes) phases[thread] = phases_of(projection, thread);
-  for_each_latent(latents, [&](int t, float p) { latent[padded(t)] = p; });
-  __syncthreads();
+  if (BASIS != kMatrix && thread < num_classes) phases[thread] = phases_of(projection, thread);
+  float squares[1] = {};
+  for_each_latent(latents, [&](int t, float p) {
+    latent[padded(t)] = p;
+    squares[0] += p * p;
+  });
+  sum_over_block(squares);
+  const float inverse_norm = normalize ? inverse_norm_of(squares[0]) : 1.0f;
 
-  for (int k = warp; k <= loss.num_classes; k += num_warps) {
-    float sum = 0.0f;
-    if (k < loss.num_classes) {
-#pragma unroll 4
-      for (int t = lane; t < latents.length; t += kWarp) {
-        sum += latent[padded(t)] * element_of(projection, phases, k, t);
-      }
-    } else {
-      for (int t = lane; t < latents.length; t += kWarp) {
-        sum += latent[padded(t)] * latent[padded(t)];
+  for (int first = 0; first < num_classes; first += kClasses) {
+    float of_class[kClasses] = {};
+    for (int t = thread; t < latents.length; t += num_threads) {
+      const float p = latent[padded(t)];
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) {  // those beyond the last come to nothing
+        of_class[j] += p * element_of(projection, phases, min(first + j, num_classes - 1), t);
       }
     }
-    sum = sum_over_warp(sum);
-    if (lane == 0) products[k] = sum;
+    sum_over_block(of_class);
+#pragma unroll
+    for (int j = 0; j < kClasses; ++j) {
+      if (thread == 0 && first + j < num_classes) products[first + j] = of_class[j];
+    }
   }
   __syncthreads();
 
-  const float inverse_norm = normalize ? inverse_norm_of(products[loss.num_classes]) : 1.0f;
-  if (warp == 0) {
+  if (thread < kWarp) {
     const float radial = softmax_error(
         loss, [&](int k) { return products[k] * inverse_norm; },
         [&](int k, float e) {
           error[k] = e;
           if (error_out != nullptr) {
-            error_out[static_cast<long long>(blockIdx.x) * loss.num_classes + k] = e;
+            error_out[static_cast<long long>(blockIdx.x) * num_classes + k] = e;
           }
         });
-    if (lane == 0) error[loss.num_classes] = normalize ? radial : 0.0f;
+    if (thread == 0) error[num_classes] = normalize ? radial : 0.0f;
   }
   __syncthreads();
 
   for (int t = thread; t < latents.length; t += num_threads) {
     float grad = 0.0f;
 #pragma unroll 4
-    for (int k = 0; k < loss.num_classes; ++k) {
+    for (int k = 0; k < num_classes; ++k) {
       grad += error[k] * element_of(projection, phases, k, t);
     }
     const float q = latent[padded(t)] * inverse_norm;
     if (q_out != nullptr) q_out[static_cast<long long>(blockIdx.x) * latents.length + t] = q;
-    latent[padded(t)] = (grad - q * error[loss.num_classes]) * inverse_norm;
+    latent[padded(t)] = (grad - q * error[num_classes]) * inverse_norm;
   }
   __syncthreads();
   write_gradients(latents, [&](int t) { return latent[padded(t)]; }, grad_latents, sums);
@@ -294,17 +302,12 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
     directions(Latents latents, int normalize,
                float* __restrict__ q,                // (N, T)
                float* __restrict__ inverse_norms) {  // (N,)
-  __shared__ float squares[kMaxThreads / kWarp];
   float inverse_norm = 1.0f;
   if (normalize) {
-    float sum = 0.0f;
-    for_each_latent(latents, [&](int, float p) { sum += p * p; });
-    sum = sum_over_warp(sum);
-    if (thread_index() % kWarp == 0) squares[thread_index() / kWarp] = sum;
-    __syncthreads();
-    sum = 0.0f;
-    for (int warp = 0; warp < blockDim.x * blockDim.y / kWarp; ++warp) sum += squares[warp];
-    inverse_norm = inverse_norm_of(sum);
+    float squares[1] = {};
+    for_each_latent(latents, [&](int, float p) { squares[0] += p * p; });
+    sum_over_block(squares);
+    inverse_norm = inverse_norm_of(squares[0]);
   }
   if (thread_index() == 0) inverse_norms[blockIdx.x] = inverse_norm;
   float* of_sample = q + static_cast<long long>(blockIdx.x) * latents.length;
@@ -323,8 +326,7 @@ extern "C" __global__ void __launch_bounds__(kWarp)
   if (threadIdx.x == 0) radials[blockIdx.x] = radial;
 }
 
-// 1: see block_backward.cu.
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
     gradients(Latents latents, int normalize,
               const float* __restrict__ grad_q,  // e D, (N, T), and q
               const float* __restrict__ q,
@@ -348,38 +350,16 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
            const int* __restrict__ is_correct, float* __restrict__ loss,
            long long* __restrict__ num_correct, float* __restrict__ grad_gamma,
            float* __restrict__ grad_beta, int batch_size, int num_channels) {
-  const int channel = blockIdx.x * blockDim.x + threadIdx.x;
-  float of_channel[2] = {};
-  if (channel < num_channels) {
-    for (int first = threadIdx.y; first < batch_size; first += kBatch * blockDim.y) {
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int n = first + b * blockDim.y;
-        const bool is_sample = n < batch_size;
-        const float* of_sample =
-            sums + static_cast<long long>(is_sample ? n : 0) * 2 * num_channels + channel;
-        const float to_gamma = of_sample[0], to_beta = of_sample[num_channels];
-        of_channel[0] += is_sample ? to_gamma : 0.0f;
-        of_channel[1] += is_sample ? to_beta : 0.0f;
-      }
-    }
-  }
-  sum_over_slots(of_channel);
-  if (threadIdx.y == 0 && channel < num_channels) {
-    grad_gamma[channel] = of_channel[0];
-    grad_beta[channel] = of_channel[1];
-  }
-
+  sum_parts(sums, grad_gamma, grad_beta, batch_size, num_channels);
   if (blockIdx.x > 0) return;
   float of_batch[2] = {};
   for (int n = thread_index(); n < batch_size; n += blockDim.x * blockDim.y) {
     of_batch[0] += losses[n];
     of_batch[1] += is_correct[n];
   }
-  sum_over_slots(of_batch);
-  const float total = sum_over_warp(of_batch[0]), count = sum_over_warp(of_batch[1]);
+  sum_over_block(of_batch);
   if (thread_index() == 0) {
-    *loss = total / batch_size;
-    *num_correct = count;
+    *loss = of_batch[0] / batch_size;
+    *num_correct = of_batch[1];
   }
 }

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 from locallearn.kernels.cuda.common import (
+    FINISH_BLOCK,
+    FINISH_CHANNELS,
     MAX_THREADS,
     WARP,
     Threads,
     channels_last,
     empty,
     per_channel,
+    program_of,
     sizes,
     threads_for,
     vector_of,
 )
-from locallearn.kernels.cuda.compilation import Program, program
+from locallearn.kernels.cuda.compilation import Program
 from locallearn.kernels.cuda.launching import address, launch
 from locallearn.kernels.device_layout import ceil_div, check_dtypes
 from locallearn.kernels.interface import HeadResult, Moments, PeriodicBasis
@@ -140,7 +143,7 @@ def local_head(
         grad,
         empty(grad, n, 2, c),
     )
-    num_shared_bytes = 4 * (length + length // WARP + 2 * (num_classes + 1))
+    num_shared_bytes = 4 * (length + length // WARP)
     if num_classes <= MAX_FEW_CLASSES and num_shared_bytes <= _MAX_SHARED_BYTES:
         kept = _project_to_few(call, projection, num_shared_bytes, needs_grad_projection)
     else:
@@ -151,8 +154,8 @@ def local_head(
     launch(
         call.program,
         "sum_up",
-        (ceil_div(c, WARP),),
-        (WARP, MAX_THREADS // WARP),
+        (ceil_div(c, FINISH_CHANNELS),),
+        FINISH_BLOCK,
         call.sums,
         losses,
         is_correct,
@@ -177,10 +180,10 @@ def _program(vector: int, projection: Tensor | PeriodicBasis) -> Program:
     basis = _MATRIX
     if isinstance(projection, PeriodicBasis):
         basis = _SQUARE if projection.is_square else _SINE
-    return program(
+    return program_of(
         "local_head.cu",
-        ELEMENT="float",
-        VECTOR=vector,
+        torch.float32,
+        vector,
         BASIS=basis,
         MAX_FEW_CLASSES=MAX_FEW_CLASSES,
         ZERO_CROSSING=f"{round(ZERO_CROSSING * 2**64)}ull",

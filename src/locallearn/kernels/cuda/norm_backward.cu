@@ -3,17 +3,10 @@
 
 #include "common.cuh"
 
-__device__ inline Normalization load_normalization(const float* mean, const float* inv_std,
-                                                   const float* gamma, const float* beta,
-                                                   int channel, float negative_slope) {
-  return {load(mean + channel), load(inv_std + channel), load(gamma + channel),
-          load(beta + channel), negative_slope};
-}
-
 extern "C" __global__ void __launch_bounds__(kMaxThreads)
     partial_gradients(const Element* __restrict__ z,            // (rows, C), and the next one
                       const Element* __restrict__ grad_output,  // dL/dh
-                      float* __restrict__ partial,  // (2, chunks, C): of dL/dgamma, and of dL/dbeta
+                      float* __restrict__ partial,  // (chunks, 2, C): of dL/dgamma, and of dL/dbeta
                       const float* __restrict__ mean,  // (C,), and the next three
                       const float* __restrict__ inv_std, const float* __restrict__ gamma,
                       const float* __restrict__ beta, float negative_slope, int num_rows,
@@ -50,52 +43,26 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
   }
   sum_over_slots(sums);
   if (threadIdx.y > 0 || channel >= num_channels) return;
-  const long long step = static_cast<long long>(gridDim.x) * num_channels;
-  float* place = partial + static_cast<long long>(blockIdx.x) * num_channels + channel;
-  Values of_gamma, of_beta;
-#pragma unroll
-  for (int j = 0; j < VECTOR; ++j) {
-    of_gamma.of[j] = sums[j];
-    of_beta.of[j] = sums[VECTOR + j];
-  }
-  store(place, of_gamma);
-  store(place + step, of_beta);
+  float* place = partial + static_cast<long long>(blockIdx.x) * 2 * num_channels + channel;
+  store(place, half_of(sums, 0));
+  store(place + num_channels, half_of(sums, 1));
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads)
     sum_gradients(const float* __restrict__ partial, float* __restrict__ grad_gamma,
                   float* __restrict__ grad_beta, int num_chunks, int num_channels) {
-  const int channel = blockIdx.x * blockDim.x + threadIdx.x;
-  const bool is_channel = channel < num_channels;
-  const float* place = partial + (is_channel ? channel : 0);
-  const long long step = static_cast<long long>(num_chunks) * num_channels;
-  float sums[2] = {};
-  for (int first = threadIdx.y; first < num_chunks; first += kBatch * blockDim.y) {
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int chunk = first + b * blockDim.y;
-      const bool is_chunk = chunk < num_chunks;
-      const float* of_chunk = place + static_cast<long long>(is_chunk ? chunk : 0) * num_channels;
-      const float of_gamma = of_chunk[0], of_beta = of_chunk[step];
-      sums[0] += is_chunk ? of_gamma : 0.0f;
-      sums[1] += is_chunk ? of_beta : 0.0f;
-    }
-  }
-  sum_over_slots(sums);
-  if (threadIdx.y == 0 && is_channel) {
-    grad_gamma[channel] = sums[0];
-    grad_beta[channel] = sums[1];
-  }
+  sum_parts(partial, grad_gamma, grad_beta, num_chunks, num_channels);
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads)
-    norm_backward(Element* z,                               // (rows, C); becomes dL/dz
-                  const Element* __restrict__ grad_output,  // dL/dh, (rows, C)
-                  const float* __restrict__ mean,           // (C,), and the next five
+    norm_backward(Element* z,                      // (rows, C); becomes dL/dz
+                  const Element* grad_output,      // dL/dh, (rows, C)
+                  const float* __restrict__ mean,  // (C,), and the next five
                   const float* __restrict__ inv_std, const float* __restrict__ gamma,
                   const float* __restrict__ beta, const float* __restrict__ grad_gamma,
                   const float* __restrict__ grad_beta, float negative_slope, float inverse_n,
                   int num_rows, int num_channels) {
+  // grad_output is no __restrict__: its loads would then be moved behind the stores, one by one.
   const int channel = first_channel();
   if (channel >= num_channels) return;
   const Normalization norm =

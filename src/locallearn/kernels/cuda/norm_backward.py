@@ -7,21 +7,19 @@ from torch import Tensor
 
 from locallearn.kernels.cuda import common
 from locallearn.kernels.cuda.common import (
-    NAMES,
+    BATCH,
     channels_last,
     empty,
     per_channel,
+    program_of,
     sizes,
     slots_for,
     threads_for,
     vector_of,
 )
-from locallearn.kernels.cuda.compilation import program
 from locallearn.kernels.cuda.launching import launch
 from locallearn.kernels.device_layout import ceil_div, check_dtypes
 from locallearn.kernels.interface import ChannelStats, NormGradient
-
-_BATCH = 4  # kBatch
 
 
 @torch.no_grad()
@@ -40,12 +38,12 @@ def norm_backward(
     num_rows, c = sizes(z).num_rows, sizes(z).num_channels
     constants = per_channel(*stats, gamma, beta)
     vector = vector_of(c, grad_z, grad_output, *constants)
-    compiled = program("norm_backward.cu", ELEMENT=NAMES[z.dtype], VECTOR=vector)
+    program = program_of("norm_backward.cu", z.dtype, vector)
 
     threads, rows_of_a_chunk, num_chunks = common.chunks_for(num_rows, c, vector)
-    partial = empty(z, 2, num_chunks, c)
+    partial = empty(z, num_chunks, 2, c)
     launch(
-        compiled,
+        program,
         "partial_gradients",
         (num_chunks, threads.num_blocks),
         threads.block,
@@ -60,7 +58,7 @@ def norm_backward(
     )
     gradients = empty(z, c), empty(z, c)
     launch(
-        compiled,
+        program,
         "sum_gradients",
         (ceil_div(c, common.FINISH_CHANNELS),),
         common.FINISH_BLOCK,
@@ -69,11 +67,11 @@ def norm_backward(
         num_chunks,
         c,
     )
-    threads = threads_for(c, vector, slots_for(num_rows, _BATCH))
+    threads = threads_for(c, vector, slots_for(num_rows, BATCH))
     launch(
-        compiled,
+        program,
         "norm_backward",
-        (ceil_div(num_rows, _BATCH * threads.num_slots), threads.num_blocks),
+        (ceil_div(num_rows, BATCH * threads.num_slots), threads.num_blocks),
         threads.block,
         grad_z,
         grad_output,

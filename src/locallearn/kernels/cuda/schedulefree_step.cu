@@ -1,18 +1,17 @@
-// `schedulefree_step`; see `kernels.interface`.
+// `schedulefree_step`; see `kernels.interface`. Also defined: MAX_PARAMETERS, of a launch.
 
 #include "common.cuh"
 
-// Of a launch: their addresses and sizes are arguments, so that no memory of the host takes part.
-constexpr int kMaxParameters = 48;
 constexpr int kValuesOfABlock = kMaxThreads * VECTOR;
 
+// Addresses and sizes are arguments, so that no memory of the host takes part.
 struct Parameters {
-  float* y[kMaxParameters];
-  const float* g[kMaxParameters];
-  float* z[kMaxParameters];
-  float* v[kMaxParameters];
-  long long size[kMaxParameters];
-  int first_block[kMaxParameters + 1];  // of each parameter, and behind the last
+  float* y[MAX_PARAMETERS];
+  const float* g[MAX_PARAMETERS];
+  float* z[MAX_PARAMETERS];
+  float* v[MAX_PARAMETERS];
+  long long size[MAX_PARAMETERS];
+  int first_block[MAX_PARAMETERS + 1];  // of each parameter, and behind the last
 };
 
 // What all values need of this step.

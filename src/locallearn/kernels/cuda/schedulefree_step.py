@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from locallearn.kernels.cuda.common import MAX_THREADS, vector_of
-from locallearn.kernels.cuda.compilation import program
+from locallearn.kernels.cuda.common import MAX_THREADS, program_of, vector_of
+from locallearn.kernels.cuda.compilation import Program
 from locallearn.kernels.cuda.launching import address, launch
 from locallearn.kernels.device_layout import ceil_div, check_parameter
 from locallearn.kernels.interface import ScheduleFreeState
 from locallearn.kernels.storage_order import is_laid_out_like
 
-MAX_PARAMETERS = 48  # kMaxParameters
+MAX_PARAMETERS = 48  # of a launch
 
 # y, g, z and v of one parameter
 _Quadruple = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -68,7 +68,7 @@ def schedulefree_step(
     scalars = torch.empty(4, dtype=torch.float32, device=state.step.device)
     beta1, beta2 = betas
     launch(
-        program("schedulefree_step.cu", ELEMENT="float", VECTOR=4),
+        _program(4),
         "advance",
         (1,),
         (1,),
@@ -85,6 +85,10 @@ def schedulefree_step(
         _step(quadruples[first : first + MAX_PARAMETERS], scalars, adam)
 
 
+def _program(vector: int) -> Program:
+    return program_of("schedulefree_step.cu", torch.float32, vector, MAX_PARAMETERS=MAX_PARAMETERS)
+
+
 def _step(group: Sequence[_Quadruple], scalars: Tensor, adam: _Adam) -> None:
     vector = vector_of(4, *itertools.chain.from_iterable(group))
     values_of_a_block = MAX_THREADS * vector
@@ -98,7 +102,7 @@ def _step(group: Sequence[_Quadruple], scalars: Tensor, adam: _Adam) -> None:
         num_blocks += ceil_div(quadruple[0].numel(), values_of_a_block)
     arguments.first_blocks[len(group)] = num_blocks
     launch(
-        program("schedulefree_step.cu", ELEMENT="float", VECTOR=vector),
+        _program(vector),
         "schedulefree_step",
         (num_blocks,),
         (MAX_THREADS,),
