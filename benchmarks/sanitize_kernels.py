@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from locallearn.engine.environment import describe_environment
 from locallearn.engine.files import write_json
 
@@ -66,6 +68,9 @@ def main() -> int:
             "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit, and as the "
             "package nvidia-cuda-sanitizer-api."
         )
+        return 2
+    if not torch.cuda.is_available():
+        print("there is no CUDA device on this machine.")
         return 2
     record: dict[str, Any] = {"environment": describe_environment("cuda"), "runs": []}
     for tool in given.tools.split(","):
