@@ -43,10 +43,15 @@ _FLAGS = (
     "-w",
     "-fno-optimize-sibling-calls",
 )
+_PROBE = """
+#include <setjmp.h>
+#include <ucontext.h>
+_Float16 half;
+ucontext_t context;
+void make() { getcontext(&context); makecontext(&context, make, 0); _setjmp(*new jmp_buf[1]); }
+"""
 # What they find is answered in device.h. No more than these: a library would be needed.
 _CHECKS = ("-fsanitize=alignment,bounds,shift,signed-integer-overflow",)
-# What a compiler may lack. Not the headers: a fault of theirs is to fail, and to skip nothing.
-_NEEDED = "#include <ucontext.h>\n_Float16 half;\nucontext_t context;\n"
 
 
 @functools.cache
@@ -67,8 +72,9 @@ def checks() -> tuple[str, ...]:
 
 
 def _takes(compiler: str, flags: Sequence[str]) -> bool:
+    # Not the headers themselves: what is wrong in them is to fail, and not to be skipped.
     command = [compiler, *_FLAGS, *flags, "-fsyntax-only", "-x", "c++", "-"]
-    done = subprocess.run(command, input=_NEEDED, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=_PROBE, capture_output=True, text=True, check=False)
     return done.returncode == 0
 
 

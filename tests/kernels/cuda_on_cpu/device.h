@@ -45,7 +45,7 @@ enum class State { kReady, kWaitsForBlock, kWaitsForWarp, kEnded };
 
 struct Fiber {
   ucontext_t context;  // to begin a block with; a switch by contexts would ask the system
-  jmp_buf registers;   // of where it waits
+  jmp_buf resumption;  // where it waits
   bool has_begun;
   std::vector<char> stack = std::vector<char>(kStackBytes);
   Dimensions thread;
@@ -87,7 +87,7 @@ inline void wait(State state, const void* place) {
   fibers[current].state = state;
   fibers[current].place = place;
   const unsigned int own = current;
-  if (!_setjmp(fibers[own].registers)) _longjmp(scheduler, 1);
+  if (!_setjmp(fibers[own].resumption)) _longjmp(scheduler, 1);
 }
 
 // Goes no further in this thread.
@@ -107,7 +107,7 @@ inline void resume(unsigned int index) {
   threadIdx = fibers[index].thread;
   fibers[index].state = State::kReady;
   if (_setjmp(scheduler)) return;
-  if (fibers[index].has_begun) _longjmp(fibers[index].registers, 1);
+  if (fibers[index].has_begun) _longjmp(fibers[index].resumption, 1);
   fibers[index].has_begun = true;
   setcontext(&fibers[index].context);
 }
