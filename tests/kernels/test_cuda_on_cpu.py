@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -227,6 +228,16 @@ def test_what_the_compiler_checks_is_seen(name: str, problem: str, emulated_devi
     values = torch.empty(64)
     run(emulated_device, "right", values)
     assert torch.equal(values, (torch.arange(64) ^ 32).float())
+
+
+def test_a_fault_of_the_headers_is_no_skip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every test of the kernels would be skipped for it, and the rest pass."""
+    if reason := cuda_on_cpu.missing():
+        pytest.skip(reason)
+    monkeypatch.setattr(cuda_on_cpu, "_headers", lambda: "broken")
+    assert cuda_on_cpu.missing.__wrapped__() is None
+    with pytest.raises(AssertionError, match="broken"):
+        cuda_on_cpu._library(tmp_path, Program("augment.cu", ()))
 
 
 @pytest.mark.usefixtures("sources")

@@ -222,7 +222,8 @@ def train(
         _option(
             "How blocks are updated: auto, autograd, or in closed form by reference, compiled, "
             "triton or cuda. Default: auto (on CUDA the faster of triton and cuda, measured at the "
-            "start; on the CPU compiled, if the run is long).",
+            "start, which may be either from run to run: name one for the same bits again; on the "
+            "CPU compiled, if the run is long).",
             _COMPUTE,
         ),
     ] = "auto",
