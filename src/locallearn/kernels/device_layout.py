@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from locallearn.errors import UserError
+from locallearn.kernels.storage_order import is_laid_out_like
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,13 +32,39 @@ def check_image_dtype(backend: str, dtype: torch.dtype) -> None:
         )
 
 
-def check_parameter(backend: str, parameter: Tensor) -> None:
-    """Raises UserError for a parameter that the kernels don't step."""
+def _check_parameter(backend: str, parameter: Tensor) -> None:
     if parameter.dtype != torch.float32:
         raise UserError(
             f"the {backend} backend steps float32 parameters, got "
             f"{str(parameter.dtype).removeprefix('torch.')}. Use the compiled or reference backend."
         )
+
+
+# y, g, z and v of one parameter
+Quadruple = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def quadruples_of(
+    backend: str,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    z: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+) -> list[Quadruple]:
+    """What a step goes through, parameter by parameter; a gradient that does not lie in memory like
+    its parameter is copied so. Empty ones are left out.
+
+    Raises:
+        UserError: a parameter that the kernels don't step.
+    """
+    quadruples = []
+    for y, gradient, z_i, v in zip(parameters, gradients, z, exp_avg_sq, strict=True):
+        _check_parameter(backend, y)
+        if not (is_laid_out_like(gradient, y) and gradient.dtype == y.dtype):
+            gradient = torch.empty_like(y).copy_(gradient)
+        if y.numel():
+            quadruples.append((y, gradient, z_i, v))
+    return quadruples
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -13,14 +13,10 @@ from torch import Tensor
 from locallearn.kernels.cuda.common import MAX_THREADS, program_of, vector_of
 from locallearn.kernels.cuda.compilation import Program
 from locallearn.kernels.cuda.launching import address, launch
-from locallearn.kernels.device_layout import ceil_div, check_parameter
+from locallearn.kernels.device_layout import Quadruple, ceil_div, quadruples_of
 from locallearn.kernels.interface import ScheduleFreeState
-from locallearn.kernels.storage_order import is_laid_out_like
 
 MAX_PARAMETERS = 48  # of a launch
-
-# y, g, z and v of one parameter
-_Quadruple = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class _Parameters(ctypes.Structure):
@@ -57,14 +53,7 @@ def schedulefree_step(
     weight_lr_power: float = 2.0,
     averages_by_bias_correction: bool = False,
 ) -> None:
-    quadruples: list[_Quadruple] = []
-    for y, gradient, z_i, v in zip(parameters, gradients, z, exp_avg_sq, strict=True):
-        check_parameter("cuda", y)
-        if not (is_laid_out_like(gradient, y) and gradient.dtype == y.dtype):
-            gradient = torch.empty_like(y).copy_(gradient)
-        if y.numel():
-            quadruples.append((y, gradient, z_i, v))
-
+    quadruples = quadruples_of("cuda", parameters, gradients, z, exp_avg_sq)
     scalars = torch.empty(4, dtype=torch.float32, device=state.step.device)
     beta1, beta2 = betas
     launch(
@@ -89,7 +78,7 @@ def _program(vector: int) -> Program:
     return program_of("schedulefree_step.cu", torch.float32, vector, MAX_PARAMETERS=MAX_PARAMETERS)
 
 
-def _step(group: Sequence[_Quadruple], scalars: Tensor, adam: _Adam) -> None:
+def _step(group: Sequence[Quadruple], scalars: Tensor, adam: _Adam) -> None:
     vector = vector_of(4, *itertools.chain.from_iterable(group))
     values_of_a_block = MAX_THREADS * vector
     arguments = _Parameters()

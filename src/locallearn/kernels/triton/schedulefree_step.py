@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from locallearn.kernels.device_layout import ceil_div, check_parameter
+from locallearn.kernels.device_layout import Quadruple, ceil_div, quadruples_of
 from locallearn.kernels.interface import ScheduleFreeState
-from locallearn.kernels.storage_order import is_laid_out_like
 from locallearn.kernels.triton.common import OPTIONS
 
 BLOCK = 1024
@@ -29,8 +28,6 @@ _COLUMNS = tl.constexpr(5)  # addresses in y, g, z and v; elements left
 _ROWS_OF_A_PROGRAM = 128
 _MAX_TABLES = 64
 
-# y, g, z and v of one parameter
-_Quadruple = tuple[Tensor, Tensor, Tensor, Tensor]
 _Key = tuple[torch.device, tuple[tuple[int, ...], ...]]
 
 
@@ -42,7 +39,7 @@ class _Tables:
         # A captured CUDA graph goes on reading the table that it was captured with.
         self._captured: dict[_Key, Tensor] = {}
 
-    def get(self, quadruples: Sequence[_Quadruple]) -> Tensor:
+    def get(self, quadruples: Sequence[Quadruple]) -> Tensor:
         places = tuple((*(t.data_ptr() for t in q), q[0].numel()) for q in quadruples)
         key = (quadruples[0][0].device, places)
         if key in self._captured:
@@ -66,7 +63,7 @@ class _Tables:
 _TABLES = _Tables()
 
 
-def _make_table(quadruples: Sequence[_Quadruple]) -> Tensor:
+def _make_table(quadruples: Sequence[Quadruple]) -> Tensor:
     num_rows = [ceil_div(q[0].numel(), BLOCK) for q in quadruples]
     table = torch.empty(
         sum(num_rows), _COLUMNS.value, dtype=torch.int64, device=quadruples[0][0].device
@@ -102,14 +99,7 @@ def schedulefree_step(
     weight_lr_power: float = 2.0,
     averages_by_bias_correction: bool = False,
 ) -> None:
-    quadruples = []
-    for y, gradient, z_i, v in zip(parameters, gradients, z, exp_avg_sq, strict=True):
-        check_parameter("triton", y)
-        if not (is_laid_out_like(gradient, y) and gradient.dtype == y.dtype):
-            gradient = torch.empty_like(y).copy_(gradient)
-        if y.numel():
-            quadruples.append((y, gradient, z_i, v))
-
+    quadruples = quadruples_of("triton", parameters, gradients, z, exp_avg_sq)
     scalars = torch.empty(4, dtype=torch.float32, device=state.step.device)
     beta1, beta2 = betas
     _advance_kernel[(1,)](
