@@ -73,7 +73,10 @@ def noted(launches: list[Launched]) -> Iterator[None]:
     def note(program: Program, name: str, *others: object) -> None:
         launches.append(Launched(program, name))
 
-    with mock.patch.object(launching, "run", note):
+    with (
+        mock.patch.object(launching, "run", note),
+        mock.patch.object(launching, "_current_device", return_value=-1),  # the CPU's number
+    ):
         yield
 
 
