@@ -53,6 +53,7 @@ from locallearn.engine.environment import describe_environment
 from locallearn.engine.files import check_target, write_json
 from locallearn.engine.measured_steps import MeasuredSteps
 from locallearn.engine.optimizers import set_mode
+from locallearn.engine.timing import order_of_round
 from locallearn.models import BlockNetwork
 
 _NUM_PROCESSES = 2
@@ -315,9 +316,7 @@ def measure_sides(
     sides |= {side: pipelines[side] for side in fastest}
     times: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds):
-        first = number % len(sides)
-        names = list(sides)
-        for side in names[first:] + names[:first]:
+        for side in order_of_round(list(sides), number):
             num = max(3, round(1000 * turn_s / first_look[side]))
             times[side] += sides[side](_NUM_FILLING + num)[_NUM_FILLING:]
         if processes.rank == 0:

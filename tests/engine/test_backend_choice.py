@@ -14,7 +14,7 @@ import torch
 from locallearn import UserError
 from locallearn.cli.console import QuietObserver
 from locallearn.data import Dataset, load_dataset
-from locallearn.engine import TrainConfig, Trainer, backend_choice
+from locallearn.engine import TrainConfig, Trainer, backend_choice, timing
 from locallearn.engine.backend_choice import choose_measured, choose_run_backend, medians_in_turn
 from locallearn.engine.team import Team
 from locallearn.kernels import BACKENDS, backends
@@ -48,7 +48,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(backend_choice, "time", clock)
+    for module in (backend_choice, timing):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 

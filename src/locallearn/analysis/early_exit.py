@@ -8,7 +8,6 @@ The curve is computed from the logits of every exit, of one inference that no im
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from locallearn.engine.benchmark import Spread
 from locallearn.engine.exits import OUTPUT, calibrate, expected_calibration_error
 from locallearn.engine.exits.calibration import reliability
 from locallearn.engine.learner import LocalLearner
+from locallearn.engine.timing import elapsed_ms
 
 NO_EXIT = 2.0
 """A threshold that no probability comes up to."""
@@ -259,15 +259,11 @@ def time_inference(
 
 
 def _time_ms(infer: Callable[[Tensor], object], batches: Sequence[Tensor]) -> float:
-    device = batches[0].device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    for images in batches:
-        infer(images)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - began)
+    def infer_all() -> None:
+        for images in batches:
+            infer(images)
+
+    return elapsed_ms(infer_all, batches[0].device)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ precision and device.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import statistics
 import time
@@ -31,6 +32,7 @@ from locallearn.engine.config import TrainConfig
 from locallearn.engine.graphs import NUM_WARM_UP_STEPS, GraphedStep, is_run_graphed
 from locallearn.engine.learner import COMPILE_AFTER, LocalLearner
 from locallearn.engine.team import Team
+from locallearn.engine.timing import elapsed_ms, order_of_round
 from locallearn.errors import UserError
 from locallearn.kernels import (
     GPU_BACKENDS,
@@ -210,25 +212,15 @@ def medians_in_turn(
         is_late = time.perf_counter() - began > _LIMIT_SECONDS
         if is_late and number >= _FEWEST_TURNS:
             break
-        # Another first one each time, so that none always follows the same neighbour.
-        first = number % len(order)
-        for name in order[first:] + order[:first]:
-            turns[name].append(_turn_ms(steps[name], device))
+        for name in order_of_round(order, number):
+            turn = functools.partial(_take_turn, steps[name])
+            turns[name].append(elapsed_ms(turn, device) / _STEPS_A_TURN)
     return {name: statistics.median(times) for name, times in turns.items()}
 
 
-def _turn_ms(step: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    began = time.perf_counter()
+def _take_turn(step: Callable[[], object]) -> None:
     for _ in range(_STEPS_A_TURN):
         step()
-    _wait(device)
-    return 1000 * (time.perf_counter() - began) / _STEPS_A_TURN
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # -- by counting ----------------------------------------------------------------------------------

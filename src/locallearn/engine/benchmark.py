@@ -16,7 +16,6 @@ import copy
 import functools
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from locallearn.engine.graphs import NUM_WARM_UP_STEPS, GraphedStep
 from locallearn.engine.learner import LocalLearner
 from locallearn.engine.measuring import peak_memory_bytes
+from locallearn.engine.timing import elapsed_ms, order_of_round
 from locallearn.errors import UserError
 from locallearn.kernels import choose_backend
 from locallearn.models import is_foreign
@@ -185,21 +185,10 @@ def run_benchmark(
         return BenchmarkResult(GateResult(False, gate.errors), [])
     for number in range(config.num_rounds):
         on_progress(f"round {number + 1} of {config.num_rounds}")
-        # Another first one each round, so that none always follows the same neighbour.
-        first = number % len(sides)
-        for side in sides[first:] + sides[:first]:
-            side.times_ms.append(_time_ms(side.step, images, labels, device))
+        for side in order_of_round(sides, number):
+            step = functools.partial(side.step, images, labels)
+            side.times_ms.append(elapsed_ms(step, device))
     return BenchmarkResult(gate, _rows(sides, config.batch_size, backends[0]))
-
-
-def _time_ms(step: Step, images: Tensor, labels: Tensor, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    step(images, labels)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - began)
 
 
 def _rows(sides: list[Side], batch_size: int, first_backend: str) -> list[dict[str, Any]]:

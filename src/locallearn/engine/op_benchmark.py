@@ -8,14 +8,15 @@ themselves most ops would take longer to launch than to run.
 
 from __future__ import annotations
 
+import functools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from locallearn.engine.op_calls import calls_of_block, input_shapes
+from locallearn.engine.timing import elapsed_ms
 from locallearn.kernels import load_kernels
 from locallearn.models import BlockNetwork
 
@@ -146,13 +147,7 @@ def _on_cpu(call: Callable[[], object], device: torch.device) -> Callable[[], fl
     """What takes a call's time in ms, once the call is warm."""
     for _ in range(_NUM_WARM_UP_CALLS):
         call()
-
-    def timer() -> float:
-        began = time.perf_counter()
-        call()
-        return 1000 * (time.perf_counter() - began)
-
-    return timer
+    return functools.partial(elapsed_ms, call, device)
 
 
 def _on_cuda(call: Callable[[], object], device: torch.device) -> Callable[[], float]:
