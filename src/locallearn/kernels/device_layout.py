@@ -17,27 +17,20 @@ def check_dtypes(backend: str, *tensors: Tensor) -> None:
     """Raises UserError for a dtype that the kernels don't take."""
     for t in tensors:
         if t.dtype not in DTYPES:
-            raise UserError(
-                f"the {backend} backend takes float32, bfloat16 or float16, got "
-                f"{str(t.dtype).removeprefix('torch.')}. Use the compiled or reference backend."
-            )
+            raise _refusal(backend, "takes float32, bfloat16 or float16", t.dtype)
 
 
 def check_image_dtype(backend: str, dtype: torch.dtype) -> None:
     """Raises UserError for a dtype of which the kernels make no images."""
     if dtype not in DTYPES:
-        raise UserError(
-            f"the {backend} backend makes float32, bfloat16 or float16 images, got "
-            f"{str(dtype).removeprefix('torch.')}. Use the compiled or reference backend."
-        )
+        raise _refusal(backend, "makes float32, bfloat16 or float16 images", dtype)
 
 
-def _check_parameter(backend: str, parameter: Tensor) -> None:
-    if parameter.dtype != torch.float32:
-        raise UserError(
-            f"the {backend} backend steps float32 parameters, got "
-            f"{str(parameter.dtype).removeprefix('torch.')}. Use the compiled or reference backend."
-        )
+def _refusal(backend: str, does: str, dtype: torch.dtype) -> UserError:
+    return UserError(
+        f"the {backend} backend {does}, got {str(dtype).removeprefix('torch.')}. Use the compiled "
+        f"or reference backend."
+    )
 
 
 # y, g, z and v of one parameter
@@ -59,12 +52,19 @@ def quadruples_of(
     """
     quadruples = []
     for y, gradient, z_i, v in zip(parameters, gradients, z, exp_avg_sq, strict=True):
-        _check_parameter(backend, y)
+        if y.dtype != torch.float32:
+            raise _refusal(backend, "steps float32 parameters", y.dtype)
         if not (is_laid_out_like(gradient, y) and gradient.dtype == y.dtype):
             gradient = torch.empty_like(y).copy_(gradient)
         if y.numel():
             quadruples.append((y, gradient, z_i, v))
     return quadruples
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Their matrix product, in their own dtype where autocast is on too."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.mm(a, b)
 
 
 def ceil_div(a: int, b: int) -> int:

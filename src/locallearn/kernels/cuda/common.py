@@ -50,6 +50,10 @@ class Threads(NamedTuple):
     def block(self) -> tuple[int, int]:
         return self.num_columns, self.num_slots
 
+    def filled(self) -> Threads:
+        """With as many slots as a block holds."""
+        return self._replace(num_slots=MAX_THREADS // self.num_columns)
+
 
 class Chunks(NamedTuple):
     """How rows are shared out to blocks that each leave a partial sum."""
@@ -161,8 +165,7 @@ def chunks_for(num_rows: int, num_channels: int, vector: int) -> Chunks:
     assert num_rows > 0
     num_columns = WARP
     while True:
-        threads = threads_for(num_channels, vector, MAX_THREADS // num_columns)
-        threads = threads._replace(num_slots=MAX_THREADS // threads.num_columns)
+        threads = threads_for(num_channels, vector, MAX_THREADS // num_columns).filled()
         least = threads.num_slots * _ROWS_OF_A_THREAD
         rows = max(least, _rounded(ceil_div(num_rows, MAX_CHUNKS), threads.num_slots))
         chunks = Chunks(threads, rows, ceil_div(num_rows, rows))

@@ -27,7 +27,7 @@ from locallearn.kernels.cuda.common import (
 )
 from locallearn.kernels.cuda.compilation import Program
 from locallearn.kernels.cuda.launching import address, launch
-from locallearn.kernels.device_layout import ceil_div, check_dtypes
+from locallearn.kernels.device_layout import ceil_div, check_dtypes, product
 from locallearn.kernels.interface import HeadResult, Moments, PeriodicBasis
 from locallearn.kernels.latents import pool_latents, unpool_latents
 from locallearn.kernels.periodic_basis import ZERO_CROSSING
@@ -128,10 +128,9 @@ def local_head(
     logits, losses = empty(grad, n, num_classes), empty(grad, n)
     is_correct = empty(grad, n, dtype=torch.int32)
     vector = vector_of(c, *moments, grad, gamma, beta)
-    threads = threads_for(c, vector, 1)
     call = _Call(
         _program(vector, projection),
-        threads._replace(num_slots=MAX_THREADS // threads.num_columns),
+        threads_for(c, vector, 1).filled(),
         _Latents(*map(address, (*moments, gamma, beta)), c, num_cells, length),
         _Loss(
             *map(address, (labels, logits, losses, is_correct)),
@@ -169,7 +168,7 @@ def local_head(
     grad_projection = None
     if needs_grad_projection:
         assert kept is not None
-        grad_projection = _product(kept.error.T, kept.q)
+        grad_projection = product(kept.error.T, kept.q)
     result = HeadResult(loss, num_correct, logits, grad, grad_gamma, grad_beta, grad_projection)
     if similarity:
         return _with_similarity(result, moments, gamma, beta, labels, length, similarity)
@@ -238,7 +237,7 @@ def _project_to_many(call: _Call, projection: Tensor | PeriodicBasis) -> _Kept:
         q,
         inverse_norms,
     )
-    products = _product(q, matrix.T)
+    products = product(q, matrix.T)
     error, radials = torch.empty_like(products), empty(q, n)
     launch(call.program, "errors", (n,), (WARP,), call.loss, products, error, radials)
     launch(
@@ -248,7 +247,7 @@ def _project_to_many(call: _Call, projection: Tensor | PeriodicBasis) -> _Kept:
         call.threads.block,
         call.latents,
         int(call.normalize),
-        _product(error, matrix),
+        product(error, matrix),
         q,
         inverse_norms,
         radials,
@@ -272,11 +271,6 @@ def periodic_basis(basis: PeriodicBasis) -> Tensor:
         length,
     )
     return matrix
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False):
-        return torch.mm(a, b)
 
 
 def _with_similarity(

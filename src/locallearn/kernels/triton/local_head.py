@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from locallearn.kernels.device_layout import ceil_div, check_dtypes, power_of_two
+from locallearn.kernels.device_layout import ceil_div, check_dtypes, power_of_two, product
 from locallearn.kernels.interface import HeadResult, Moments, PeriodicBasis
 from locallearn.kernels.reference.local_head import match_similarity, moment_latents
 from locallearn.kernels.triton.basis import basis_tile, load_phases
@@ -102,7 +102,7 @@ def local_head(
     loss, num_correct, grad_gamma, grad_beta = _sum_up(moments, grad, losses, is_correct)
     if matched is not None:
         loss = loss + similarity * matched.loss
-    grad_projection = None if error is None or q is None else _product(error.T, q)
+    grad_projection = None if error is None or q is None else product(error.T, q)
     return HeadResult(loss, num_correct, logits, grad, grad_gamma, grad_beta, grad_projection)
 
 
@@ -205,7 +205,7 @@ def _project_to_many(
         BLOCK_T=block_t,
         **OPTIONS,
     )
-    products = _product(q, matrix.T)
+    products = product(q, matrix.T)
     error, radial = torch.empty_like(products), _empty(s1, n)
     _error_kernel[(n,)](
         products,
@@ -223,7 +223,7 @@ def _project_to_many(
         **OPTIONS,
     )
     _grad_latents_kernel[(n,)](
-        _product(error, matrix),
+        product(error, matrix),
         q,
         inverse_norm,
         radial,
@@ -252,11 +252,6 @@ def _empty_result(s1: Tensor, num_classes: int) -> _Projected:
         error=None,
         q=None,
     )
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False):
-        return torch.mm(a, b)
 
 
 def _pool(latents: _Latents, length: int) -> Tensor:
