@@ -9,6 +9,7 @@ Shapes: N batch, C channels, H W height and width, F features, K classes.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,8 +64,8 @@ def calls_of_block(
     parameters: list[Tensor] = []
     for weighted, norm, nonlinearity in inner:
         layer = _Layer(weighted, norm, nonlinearity, x, kernels)
-        calls |= {f"depthwise {op}": call for op, call in layer.calls(hands_back=False).items()}
-        calls |= {f"depthwise {op}": call for op, call in layer.inner_calls().items()}
+        own = layer.calls(hands_back=False) | layer.inner_calls()
+        calls |= {f"depthwise {op}": call for op, call in own.items()}
         x = layer.forward(None, 1).output
         parameters += layer.parameters
     layer = _Layer(*last, x, kernels)
@@ -138,14 +139,15 @@ class _Layer:
     def calls(self, *, hands_back: bool) -> dict[str, OpCall]:
         """The layer's own products, and the statistics of what it yields."""
         num_macs = self.z.numel() // self.z.shape[1] * self.weight.numel()
+        of_weight = functools.partial(self._gradients, [False, True, False])
         calls = {
             "layer": OpCall(self._product, 0, num_macs),
             "channel_stats": OpCall(self._stats, self._z_bytes, 0),
-            "weight gradient": OpCall(lambda: self._gradients([False, True, False]), 0, num_macs),
+            "weight gradient": OpCall(of_weight, 0, num_macs),
         }
         if hands_back:
-            run = lambda: self._gradients([True, False, False])  # noqa: E731
-            calls["input gradient"] = OpCall(run, 0, num_macs)
+            of_input = functools.partial(self._gradients, [True, False, False])
+            calls["input gradient"] = OpCall(of_input, 0, num_macs)
         return calls
 
     def inner_calls(self) -> dict[str, OpCall]:

@@ -45,34 +45,28 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
   const Values origin = row(begin);
   const float count = first < end ? ceil_div(end - first, blockDim.y) : 0;
   const float inverse_count = 1.0f / fmaxf(count, 1.0f);
-  float deviation[VECTOR], mean[VECTOR], spread[VECTOR];
+  Values deviation, mean, spread;
 #pragma unroll
   for (int j = 0; j < VECTOR; ++j) {
     const float own_mean = sum.of[j] * inverse_count;
-    deviation[j] = near.of[j] - origin.of[j] + own_mean;
-    spread[j] = sum_of_squares.of[j] - sum.of[j] * own_mean;
-    mean[j] = deviation[j] * count;
+    deviation.of[j] = near.of[j] - origin.of[j] + own_mean;
+    spread.of[j] = sum_of_squares.of[j] - sum.of[j] * own_mean;
+    mean.of[j] = deviation.of[j] * count;
   }
-  sum_over_slots(mean);
+  sum_over_slots(mean.of);
 #pragma unroll
   for (int j = 0; j < VECTOR; ++j) {
-    mean[j] /= end - begin;
-    const float apart = deviation[j] - mean[j];
-    spread[j] += apart * apart * count;
+    mean.of[j] /= end - begin;
+    const float apart = deviation.of[j] - mean.of[j];
+    spread.of[j] += apart * apart * count;
   }
-  sum_over_slots(spread);
+  sum_over_slots(spread.of);
 
   if (threadIdx.y > 0 || !is_channel) return;
   float* place = partial + static_cast<long long>(blockIdx.x) * 3 * num_channels + channel;
-  Values of_mean, of_spread;
-#pragma unroll
-  for (int j = 0; j < VECTOR; ++j) {
-    of_mean.of[j] = mean[j];
-    of_spread.of[j] = spread[j];
-  }
   store(place, origin);
-  store(place + num_channels, of_mean);
-  store(place + 2 * num_channels, of_spread);
+  store(place + num_channels, mean);
+  store(place + 2 * num_channels, spread);
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads)
